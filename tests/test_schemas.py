@@ -14,7 +14,7 @@ import torch
 from cli_runner import run
 from jsonschema import Draft202012Validator
 
-from ckpt_tools.cli.commands import COMMANDS
+from ckpt_tools.cli.words import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "docs/schemas"

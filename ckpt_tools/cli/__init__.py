@@ -12,7 +12,7 @@ import typer
 
 from ..errors import CkptError
 from . import common, console
-from .commands import Commands, NotUsable
+from .commands import Commands, NotUsable, show_defaults
 
 app = typer.Typer(
     name="ckpt",
@@ -46,9 +46,7 @@ def _root(
     ] = False,
     show_config: Annotated[
         bool,
-        typer.Option(
-            "--show-config", callback=common.show_config, is_eager=True, help="Show the defaults that are set."
-        ),
+        typer.Option("--show-config", callback=show_defaults, is_eager=True, help="Show the defaults that are set."),
     ] = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,

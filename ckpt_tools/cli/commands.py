@@ -21,80 +21,10 @@ import typer.main
 from ..errors import UsageError
 from ..series.rules.rule import Origins
 from . import common, console, defaults
+from .words import COMMANDS, MEANT, OPTIONS
 
 NotUsable: Any = typer.BadParameter.__base__
 """Typer's errors about the words of a command line."""
-
-COMMANDS = {
-    "avg": "Average a series of checkpoints into one set of weights.",
-    "look": "Show where the checkpoints of a series lie to each other, before they are averaged.",
-    "sweep": "Average a series in many ways, score each average, and find the best.",
-    "eval": "Score checkpoints on the same data, and compare averages with the best single one.",
-    "convert": "Write a checkpoint in another layout, file format or dtype.",
-    "fix-prefix": "Take wrapper prefixes off the names; nothing else changes.",
-    "inspect": "Show what a checkpoint holds, from its header alone, or list several.",
-    "diff": "Show what differs between two checkpoints.",
-    "verify": "Check that checkpoints are whole, and that outputs are what their records say.",
-    "strip": "Drop the optimizer and the rest of the training state.",
-    "recal-bn": "Recalibrate the BatchNorm statistics of averaged weights.",
-    "tune": "Train the classifier of averaged weights at the size of the test, or more of the network, "
-    "or from a teacher.",
-    "card": "Write a model card for the Hugging Face Hub, from the record in an output of ckpt.",
-    "clean": "Remove what killed jobs have left in a folder.",
-}
-"""Each with the first line of its help; a function in a module of its name makes it, see `arguments.with_options`."""
-
-WORDS = {
-    "avg": "average averaging mean merge merge-checkpoints combine blend fuse swa lawa polyak",
-    "avg --mode ema": "ema",
-    "sweep": "soup greedy search grid optimize",
-    "eval": "evaluate evaluation score accuracy benchmark bench",
-    "look": "plot distance distances geometry landscape",
-    "inspect": "info show ls list describe summary print view cat head keys stat stats dump tensors metadata",
-    "diff": "compare cmp delta",
-    "convert": "export save cast to half fp16 bf16 quantize safetensors",
-    "fix-prefix": "prefix rename unwrap fix strip-prefix remove-prefix",
-    "recal-bn": "bn recal recalibrate update-bn updatebn precise-bn batchnorm",
-    "verify": "check validate test checksum sha256",
-    "strip": "slim prune shrink reduce clear-optimizer",
-    "tune": "train finetune fine-tune distill fixres",
-    "card": "model-card modelcard readme upload push",
-    "clean": "rm gc purge cleanup clear",
-}
-"""Words that people try, with what they look for."""
-_MEANT = {word: meant for meant, words in WORDS.items() for word in words.split()}
-
-_OPTIONS = {
-    "--output": "-o",
-    "--output-file": "-o",
-    "--output-path": "-o",
-    "--outfile": "-o",
-    "--destination": "-o",
-    "--overwrite": "--force",
-    "--yes": "--force",
-    "--ema": "--mode ema",
-    "--swa": "--mode uniform",
-    "--uniform": "--mode uniform",
-    "--beta": "--decay",
-    "--alpha": "--decay",
-    "--momentum": "--decay",
-    "--num": "--last",
-    "--top-k": "--best",
-    "--precision": "--dtype",
-    "--format": "-o NAME.safetensors or -o NAME.pth",
-    "--workers": "--threads",
-    "--num-threads": "--threads",
-    "--gpu": "--device cuda",
-    "--cuda": "--device cuda",
-    "--cpu": "--device cpu",
-    "--use-ema": "--state ema",
-    "--non-strict": "--keys intersection",
-    "--recursive": "'runs/**/*.pth'",
-    "-n": "--last",
-    "-f": "--force",
-    "-y": "--force",
-}
-"""Options that people try, with what they look for."""
 
 
 class _QuickHelp:
@@ -167,17 +97,33 @@ def _options(command: Any) -> dict[str, Any]:
     return {param.name: param for param in command.params if isinstance(param, _Option)}
 
 
+def show_defaults(asked: bool) -> None:
+    """Show the defaults that files and the environment set, and end the run."""
+    if asked:
+        from ..series.paths import shown
+
+        path, table = defaults.config()
+        console.show(f"# {path or 'no ckpt.toml, and no pyproject.toml with [tool.ckpt], from here upwards'}")
+        for key, value in table.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            lines = [f"{key}.{name} = {each!r}" for name, each in inner] or [f"{key} = {value!r}"]
+            console.show(*map(shown, lines))
+        variables = defaults.variables(map(options_of, COMMANDS))
+        console.show(*[f"{name}={shown(value)}" for name, value in variables.items()])
+        raise typer.Exit
+
+
 def _unknown(word: str, rest: Sequence[str]) -> str:
     """Say which command may be meant by a word."""
     import shlex
     from difflib import get_close_matches
 
     said = f"No such command '{word}'."
-    if (meant := _MEANT.get(word.lower().replace("_", "-"))) is not None:
+    if (meant := MEANT.get(word.lower().replace("_", "-"))) is not None:
         name, *options = meant.split()
         return f"{said} Did you mean '{shlex.join(['ckpt', name, *rest, *options])}'?"
-    close = get_close_matches(word.lower(), [*COMMANDS, *_MEANT], 3)
-    names = dict.fromkeys(_MEANT.get(each, each).split()[0] for each in close)
+    close = get_close_matches(word.lower(), [*COMMANDS, *MEANT], 3)
+    names = dict.fromkeys(MEANT.get(each, each).split()[0] for each in close)
     return f"{said} Did you mean {' or '.join(map(repr, names))}?" if names else said
 
 
@@ -210,8 +156,8 @@ def _near(word: str, options: Sequence[str]) -> str:
 
     full = f"--{word.lstrip('-')}" if len(word) > 2 else word
     longer = sorted((name for name in options if len(full) > 4 and name.startswith(full)), key=len)
-    near = full if full in _OPTIONS else next(iter(longer or get_close_matches(full, [*options, *_OPTIONS], 1)), None)
-    return "" if near is None else f" Did you mean {_OPTIONS.get(near, near)}?"
+    near = full if full in OPTIONS else next(iter(longer or get_close_matches(full, [*options, *OPTIONS], 1)), None)
+    return "" if near is None else f" Did you mean {OPTIONS.get(near, near)}?"
 
 
 def _fit(formatter: Any) -> None:

@@ -57,22 +57,6 @@ def complete_shell(context: typer.Context, param: typer.CallbackParam, asked: bo
         callback(context, param, asked)
 
 
-def show_config(asked: bool) -> None:
-    """Show the defaults that files and the environment set, and end the run."""
-    if asked:
-        from ..series.paths import shown
-        from .defaults import config, variables
-
-        path, table = config()
-        console.show(f"# {path or 'no ckpt.toml, and no pyproject.toml with [tool.ckpt], from here upwards'}")
-        for key, value in table.items():
-            inner = value.items() if isinstance(value, dict) else ()
-            lines = [f"{key}.{name} = {each!r}" for name, each in inner] or [f"{key} = {value!r}"]
-            console.show(*map(shown, lines))
-        console.show(*[f"{name}={shown(value)}" for name, value in variables().items()])
-        raise typer.Exit
-
-
 def speak(*, quiet: bool, verbose: bool, all_rows: bool = False) -> None:
     """Say as much as these options want, from here on.
 

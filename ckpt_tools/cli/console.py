@@ -16,14 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..errors import WriteError, WriteWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .tables import Table
 
 NARROWEST = 40
 """Columns that a table needs; in fewer, a terminal wraps its lines."""
@@ -41,6 +39,13 @@ _HEADS = {
     "Equal": "green",
 }
 """First words of lines that say how it went, with their colour."""
+
+
+class Block(Protocol):
+    """Several lines, which are laid out when it is known where they go; see `tables.Table`."""
+
+    def lines(self, width: int | None, stream: TextIO) -> list[str]:
+        """Return the lines for a terminal of this width; None for a pipe."""
 
 
 class _Manner:
@@ -199,13 +204,13 @@ def wrote(text: str) -> None:
     say(text)
 
 
-def say(*lines: str | Table) -> None:
+def say(*lines: str | Block) -> None:
     """Write messages to stderr, unless only errors are wanted."""
     if not manner.quiet:
         _write(sys.stderr, lines)
 
 
-def say_more(*lines: str | Table) -> None:
+def say_more(*lines: str | Block) -> None:
     """Write messages that only some want: what was decided, and how long it took."""
     if manner.verbose:
         _write(sys.stderr, lines)
@@ -216,7 +221,7 @@ def say_error(*lines: str) -> None:
     _write(sys.stderr, lines)
 
 
-def show(*lines: str | Table) -> None:
+def show(*lines: str | Block) -> None:
     """Write what was asked for to stdout."""
     _write(manner.results or sys.stdout, lines)
 
@@ -230,7 +235,7 @@ def shown_by(*, asked: bool, json: bool) -> Tell:
     return show if asked and not json else say
 
 
-def _write(stream: TextIO, lines: Sequence[str | Table]) -> None:
+def _write(stream: TextIO, lines: Sequence[str | Block]) -> None:
     """Write lines without control characters; on a terminal they wrap between words, elsewhere they do not."""
     width = columns(stream) if stream.isatty() else None
     colour = coloured(stream)

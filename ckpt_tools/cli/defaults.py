@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError, did_you_mean
 from . import console
+from .words import COMMANDS
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -73,13 +74,15 @@ def _from_environment(options: Mapping[str, Any]) -> dict[str, Default]:
     return {name: Default(value, variable(name)) for name in names if (value := os.environ.get(variable(name)))}
 
 
-def variables() -> dict[str, str]:
-    """Return what the environment sets of any command; no other variable, which may be a key of something else."""
-    from .commands import COMMANDS, options_of
+def variables(commands: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what the environment sets; no other variable, which may be a key of something else.
 
+    Args:
+        commands: the options of each.
+    """
     found = {"CKPT_NO_CONFIG": os.environ.get("CKPT_NO_CONFIG", "")}
-    for command in COMMANDS:
-        found |= {default.origin: default.value for default in _from_environment(options_of(command)).values()}
+    for options in commands:
+        found |= {default.origin: default.value for default in _from_environment(options).values()}
     return {name: value for name, value in found.items() if value}
 
 
@@ -92,8 +95,6 @@ def unread_of(options: Mapping[str, Any]) -> list[str]:
 def _from_file(
     command: str, options: Mapping[str, Any], of_command: Callable[[str], Mapping[str, Any]]
 ) -> Iterator[tuple[str, Default]]:
-    from .commands import COMMANDS
-
     path, table = config()
     if path is None:
         return

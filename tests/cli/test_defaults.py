@@ -10,8 +10,9 @@ import pytest
 import torch
 from cli_runner import refused, run
 
-from ckpt_tools.cli.commands import COMMANDS, options_of
+from ckpt_tools.cli.commands import options_of
 from ckpt_tools.cli.defaults import variable
+from ckpt_tools.cli.words import COMMANDS
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.cli.commands import COMMANDS as LISTED
 from ckpt_tools.cli.commands import made
+from ckpt_tools.cli.words import COMMANDS as LISTED
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = {name: made(name) for name in LISTED}

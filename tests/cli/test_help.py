@@ -11,7 +11,8 @@ import pytest
 from cli_runner import PATIENCE, environment, run
 
 import ckpt_tools
-from ckpt_tools.cli.commands import COMMANDS, made
+from ckpt_tools.cli.commands import made
+from ckpt_tools.cli.words import COMMANDS
 
 LAST_EXAMPLE = re.compile(r"^Example: (ckpt .+)$", re.MULTILINE)
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import ckpt_tools
 from ckpt_tools.cli import console
-from ckpt_tools.cli.commands import _MEANT, COMMANDS
 from ckpt_tools.cli.tables import Table
+from ckpt_tools.cli.words import COMMANDS, MEANT
 from ckpt_tools.compute import native
 
 
@@ -47,8 +47,8 @@ def test_a_word_of_another_tool_leads_to_the_line_to_type(typed: list[str], mean
 
 
 def test_words_lead_to_commands_that_exist_and_hide_none() -> None:
-    assert {meant.split()[0] for meant in _MEANT.values()} <= COMMANDS.keys()
-    assert not _MEANT.keys() & COMMANDS.keys()
+    assert {meant.split()[0] for meant in MEANT.values()} <= COMMANDS.keys()
+    assert not MEANT.keys() & COMMANDS.keys()
 
 
 @pytest.mark.parametrize(
