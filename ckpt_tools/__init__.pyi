@@ -10,6 +10,7 @@ import torch
 
 from .batchnorm import BatchNormReport as BatchNormReport, recalibrate_bn as recalibrate_bn
 from .checkpoints.open import Checkpoint as Checkpoint, open_checkpoint as open_checkpoint
+from .compute.progress import Activity
 from .errors import AlignmentError as AlignmentError, CkptError as CkptError, CorruptError as CorruptError, DataError as DataError, LayoutError as LayoutError, ModelError as ModelError, NotACheckpointError as NotACheckpointError, NumericsError as NumericsError, ReadError as ReadError, SeriesError as SeriesError, UnsupportedError as UnsupportedError, UsageError as UsageError, WriteError as WriteError, WriteWarning as WriteWarning
 from .jobs.average import AverageReport as AverageReport
 from .jobs.card import CardReport as CardReport
@@ -164,7 +165,7 @@ def average(
     cache: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[AverageReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -377,7 +378,7 @@ def average(
     cache: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[AverageReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -516,7 +517,7 @@ def card(
     hash: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[CardReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
 ) -> CardReport:
     r"""Write a model card that says from what a checkpoint was made, as far as its record does.
 
@@ -590,7 +591,7 @@ def convert(
     resume: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[ConvertReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -649,7 +650,7 @@ def diff(
     finish: bool = False,
     plot: str | Path | None = None,
     force: bool = False,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     threads: int | None = None,
 ) -> DiffReport:
     r"""Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
@@ -716,7 +717,7 @@ def evaluate(
     force: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[EvaluationReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     device: str = 'auto',
     amp: bool = False,
     channels_last: bool = True,
@@ -788,7 +789,7 @@ def fix_prefix(
     force: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[PrefixReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
 ) -> PrefixReport:
     r"""Remove wrapper prefixes from the names in a checkpoint; everything else is kept byte for byte.
 
@@ -862,7 +863,7 @@ def look(
     keys: Literal['strict', 'intersection', 'union'] = 'strict',
     plot: str | Path | None = None,
     force: bool = False,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     threads: int | None = None,
 ) -> LookReport:
     r"""Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
@@ -936,7 +937,7 @@ def recalibrate_checkpoint(
     plot: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[RecalibrationReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     device: str = 'auto',
     amp: bool = False,
     channels_last: bool = True,
@@ -1008,7 +1009,7 @@ def strip(
     resume: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[StripReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
 ) -> StripReport:
@@ -1121,7 +1122,7 @@ def sweep(
     csv: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[SweepReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -1277,7 +1278,7 @@ def tune_checkpoint(
     require_gain: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[TuneReport], None] | None = None,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     device: str = 'auto',
     amp: bool = False,
     channels_last: bool = True,
@@ -1349,7 +1350,7 @@ def verify(
     seed: int | None = None,
     expect_sha256: str | None = None,
     allow_nonfinite: bool = False,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[Activity, int, int | None], None] | None = None,
     threads: int | None = None,
 ) -> VerifyReport:
     r"""Check that a checkpoint is whole, and that an output is what its record says; in bounded memory.

@@ -20,10 +20,7 @@ shows its options instead.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 LONGEST_MESSAGE = 4000
 """Characters of a message."""

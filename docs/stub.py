@@ -44,7 +44,8 @@ def stub() -> str:
             homes.setdefault(home, []).append(f"{name} as {name}")
     imports = [f"from .{home} import {', '.join(sorted(names))}\n" for home, names in sorted(homes.items())]
     names = "".join(f'    "{name}",\n' for name in ckpt_tools.__all__)
-    return HEAD + "".join(imports) + f"\n__version__: str\n__all__ = [\n{names}]\n\n" + "\n".join(functions)
+    imports.append("from .compute.progress import Activity\n")  # an argument of `on_progress`
+    return HEAD + "".join(sorted(imports)) + f"\n__version__: str\n__all__ = [\n{names}]\n\n" + "\n".join(functions)
 
 
 def _function(name: str, function: Any) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..compute.progress import LOADING_TORCH
 from ..jobs.evaluate.options import GROUPS
 from . import arguments, common, console, progress
 from .tables import Table
@@ -49,7 +50,7 @@ def eval(  # noqa: A001 - the name of the command
                 f"{done} of {total}: {found.name}: {metrics if found.error is None else arguments.spelled(found.error)}"
             )
 
-    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
+    with progress.shown(LOADING_TORCH) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.evaluate.job import evaluate
 
         line.idle(progress.PLANNING)

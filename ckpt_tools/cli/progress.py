@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..compute.progress import HEADERS, TORCH, Activity
+from ..compute.progress import HEADERS, LOADING_TORCH, Activity
 from ..jobs.asked import started_together
 from . import console
 
-PLANNING, LOADING, OTHER = "planning", TORCH, "other work"
-"""What a job is doing while it tells nothing: at first, before torch is there, and after its plan."""
+PLANNING, OTHER = "planning", "other work"
+"""What a job is doing while it tells nothing: before its plan, and after it."""
 _AT_ONCE = 0.4
 """Seconds; what is quicker needs no line."""
 _BAR = 16
@@ -23,6 +23,38 @@ _LINE_EVERY, _LINE_AFTER = 10, 60
 """Where no line can move: seconds from a line to the next, and until a line tells of what has no count."""
 _PACED = ("bytes", "images")
 """Units of which so many are done in a second."""
+
+
+class _Call(NamedTuple):
+    """A call of `on_progress`, and the first one of the same activity.
+
+    Attributes:
+        at: when it came, in seconds.
+        began: when the first one came.
+        first: how much was done then.
+    """
+
+    activity: Activity
+    done: int
+    total: int | None
+    at: float
+    began: float
+    first: int
+
+    @property
+    def ended(self) -> bool:
+        """True if all of it is done."""
+        return self.total is not None and self.done >= self.total
+
+    @property
+    def counted(self) -> bool:
+        """True if how much is done is worth showing; one file is done or not."""
+        return bool(self.activity.unit) and not (self.activity.unit == "files" and self.total == 1)
+
+    @property
+    def rate(self) -> float:
+        """How much of it is done in a second; 0 if that is not known."""
+        return (self.done - self.first) / (self.at - self.began) if self.at > self.began else 0.0
 
 
 class Meter:
@@ -41,28 +73,24 @@ class Meter:
         self._clock = clock
         self._idle = self._step = idle
         self._since = self._began = clock()
-        # Of the same moment, for another thread reads it: activity, done, total, when it began, done then, when told.
-        self._told: tuple[Activity, int, int | None, float, int, float] = Activity(idle, ""), 1, 1, 0, 0, 0
+        self._last = _Call(Activity(idle, ""), 1, 1, 0, 0, 0)  # another thread reads it: replaced as a whole
 
-    def tell(self, what: str, done: int, total: int | None) -> None:
+    def tell(self, what: Activity, done: int, total: int | None) -> None:
         """Take note of how far the job is; see `ckpt_tools.compute.progress.Progress`."""
-        now = self._clock()
-        activity = what if isinstance(what, Activity) else Activity(what)
-        last, before, _, began, first, _ = self._told
-        if activity != last or done < before:
-            began, first = now, done
-        self._count(now, activity.step)
-        self._told = activity, done, total, began, first, now
-        if _ended(done, total):
-            self._count(now, self._idle)
+        now, last = self._clock(), self._last
+        same = what == last.activity and done >= last.done
+        self._enter(what.step, now)
+        self._last = _Call(what, done, total, now, last.began if same else now, last.first if same else done)
+        if self._last.ended:
+            self._enter(self._idle, now)
 
     def idle(self, name: str) -> None:
         """Say what the job is doing from here on while it tells nothing."""
         self._idle = name
-        self._count(self._clock(), name)
+        self._enter(name, self._clock())
 
-    def _count(self, now: float, step: str) -> None:
-        """Count the time until now for the step at work, and let another one begin."""
+    def _enter(self, step: str, now: float) -> None:
+        """Let a step begin, if it is not at work, and count the time until now for the one that is."""
         if step != self._step:
             self.took[self._step] = self.took.get(self._step, 0.0) + now - self._since
             self._step, self._since = step, now
@@ -70,20 +98,20 @@ class Meter:
     @property
     def counts(self) -> bool:
         """True if what the job is doing has a count."""
-        activity, done, total, *_ = self._told
-        return not _ended(done, total) and _has_count(activity, total)
+        last = self._last
+        return last.counted and not last.ended
 
     @property
     def name(self) -> str:
         """What the job is doing."""
-        activity, done, total, *_ = self._told
-        return _named(Activity(self._idle) if _ended(done, total) else activity)
+        last = self._last
+        return _named(Activity(self._idle) if last.ended else last.activity)
 
     @property
     def share(self) -> float | None:
         """The part of it that is done; None if that is not known."""
-        _, done, total, *_ = self._told
-        return done / total if self.counts and total else None
+        last = self._last
+        return last.done / last.total if last.total and last.counted and not last.ended else None
 
     def text(self, width: int | None = None) -> str:
         """Return what the job is doing, how far it is, how fast it goes, and how long it still takes.
@@ -91,20 +119,19 @@ class Meter:
         Args:
             width: columns; less is said in few of them.
         """
-        activity, done, total, began, first, told = self._told
-        if _ended(done, total):
-            activity, began = Activity(self._idle, ""), self._since
-        now, name = self._clock(), _named(activity)
-        seconds = now - began
-        if not _has_count(activity, total):
-            return _fitting([f"{name}, {_span(seconds)}"], width)
-        rate = (done - first) / (told - began) if told > began else 0.0
-        count = f"{name}: {_count(done, total, activity.unit)}"
-        took, pace, left = f" in {_span(seconds)}", "", ""
-        if rate > 0 and activity.unit in _PACED:
-            pace = f", {console.size(rate) if activity.unit == 'bytes' else f'{rate:.3g}'}/s"
-        if rate > 0 and total is not None:
-            left = f", {_span(max((total - done) / rate - (now - told), 0))} left"
+        last, now = self._last, self._clock()
+        if last.ended:
+            return _fitting([f"{_named(Activity(self._idle))}, {_span(now - self._since)}"], width)
+        name, seconds = _named(last.activity), _span(now - last.began)
+        if not last.counted:
+            return _fitting([f"{name}, {seconds}"], width)
+        unit, rate, pace, left = last.activity.unit, last.rate, "", ""
+        if rate > 0 and unit in _PACED:
+            pace = f", {console.size(rate) if unit == 'bytes' else f'{rate:.3g}'}/s"
+        if rate > 0 and last.total is not None:
+            left = f", {_span(max((last.total - last.done) / rate - (now - last.at), 0))} left"
+        count = f"{name}: {_count(last.done, last.total, unit)}"
+        took = f" in {seconds}"
         return _fitting([count + took + pace + left, count + took + left, count + left, count], width)
 
     def times(self) -> str:
@@ -114,17 +141,9 @@ class Meter:
         return f"Took {now - self._began:.2f} s: " + ", ".join(f"{step} {took[step]:.2f} s" for step in took) + "."
 
 
-def _ended(done: int, total: int | None) -> bool:
-    return total is not None and done >= total
-
-
 def _named(activity: Activity) -> str:
     name = console.visible(activity)
     return name[:1].upper() + name[1:] if name.startswith(activity.step) else name  # which begins with that of a file
-
-
-def _has_count(activity: Activity, total: int | None) -> bool:
-    return bool(activity.unit) and not (activity.unit == "files" and total == 1)
 
 
 def _count(done: int, total: int | None, unit: str) -> str:
@@ -161,7 +180,7 @@ def _fitting(texts: list[str], width: int | None) -> str:
 class Line:
     """How a person sees the progress of a job; this one shows nothing."""
 
-    def told(self) -> None:
+    def update(self) -> None:
         """Show what the meter has just been told."""
 
     def hide(self) -> None:
@@ -223,7 +242,7 @@ class _Lines(Line):
         self._last = time.monotonic()
         self._timer = self._started()
 
-    def told(self) -> None:
+    def update(self) -> None:
         self.hide()
         now = time.monotonic()
         if not self._meter.counts:
@@ -262,21 +281,21 @@ class Shown:
         self._line = line
         self._begun = False
 
-    def tell(self, what: str, done: int, total: int | None) -> None:
+    def tell(self, what: Activity, done: int, total: int | None) -> None:
         """Show how far the job is; its `on_progress`."""
         self.meter.tell(what, done, total)
-        self._line.told()
+        self._line.update()
 
-    def working(self, what: str, done: int, total: int | None) -> None:
+    def working(self, what: Activity, done: int, total: int | None) -> None:
         """Show how far a job is that has no plan to show: its work begins after the headers and torch."""
-        if not self._begun and what not in (HEADERS, TORCH):
+        if not self._begun and what not in (HEADERS, LOADING_TORCH):
             self._begin()
         self.tell(what, done, total)
 
     def idle(self, name: str) -> None:
         """Say what the job is doing from here on while it tells nothing."""
         self.meter.idle(name)
-        self._line.told()
+        self._line.update()
 
     def hide(self) -> None:
         """Show nothing from here on: something else does, by the meter."""

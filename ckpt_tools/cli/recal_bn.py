@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..compute.progress import LOADING_TORCH
 from ..errors import UsageError
 from ..jobs.options import Images, Inference, Measuring, Network, RecalibratedOutput, State
 from . import arguments, common, console, progress
@@ -33,7 +34,7 @@ def recal_bn(
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
+    with progress.shown(LOADING_TORCH) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.recalibrate import recalibrate_checkpoint
 
         line.idle(progress.PLANNING)

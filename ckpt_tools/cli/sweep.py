@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..compute.progress import LOADING_TORCH
 from ..errors import DataError
 from ..jobs.sweep.options import GROUPS
 from . import arguments, common, console, progress
@@ -53,7 +54,7 @@ def sweep(
         _show_plan(plan, tell, matrix=options["dry_run"])
 
     try:
-        with progress.shown(progress.LOADING) as line, _results(line) as on_result:
+        with progress.shown(LOADING_TORCH) as line, _results(line) as on_result:
             from ..jobs.sweep.job import sweep as carry_out
             from ..jobs.sweep.page import Wording
 

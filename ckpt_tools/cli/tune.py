@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..compute.progress import LOADING_TORCH
 from ..errors import UsageError
 from ..jobs.options import Inference, State
 from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
@@ -33,7 +34,7 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
+    with progress.shown(LOADING_TORCH) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.tune.job import tune_checkpoint
 
         line.idle(progress.PLANNING)

@@ -8,13 +8,6 @@ from contextlib import contextmanager
 
 from ..errors import UsageError
 
-Progress = Callable[[str, int, int | None], None]
-"""Called in the thread of the caller with (what is done, how much of it so far, all of it).
-
-What is done is an `Activity`. All of it is None as long as it is not known. Each activity is told when it begins, and
-its last call has all of it twice.
-"""
-
 
 class Activity(str):
     """The name of a kind of work.
@@ -34,9 +27,15 @@ class Activity(str):
         return activity
 
 
-TORCH = "loading torch"
-LOADING = "loading the model"
-IMAGES = "opening the images"
+Progress = Callable[[Activity, int, int | None], None]
+"""Called in the thread of the caller with (what is done, how much of it so far, all of it).
+
+All of it is None as long as it is not known. Each activity is told when it begins, and its last call has all of it
+twice.
+"""
+LOADING_TORCH = "loading torch"
+LOADING_MODEL = "loading the model"
+OPENING_IMAGES = "opening the images"
 HEADERS = Activity("reading headers", "files")
 HASHING = Activity("hashing inputs")
 HASHING_OUTPUT = Activity("hashing the output")

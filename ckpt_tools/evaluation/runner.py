@@ -69,7 +69,7 @@ class Runner:
             ModelError: the network itself fails.
         """
 
-        def show(what: str, done: int, total: int | None) -> None:
+        def show(what: Activity, done: int, total: int | None) -> None:
             on_progress(what, done, batches.images if total is None else total)
 
         fed = _Fed(batches, self._prepare)

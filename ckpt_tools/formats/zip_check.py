@@ -90,11 +90,11 @@ def archives(header: Header) -> Iterator[Place]:
             yield Place(stamp.path, 0, None, str(stamp.path), stamp.nbytes)
 
 
-def check(place: Place, on_read: Callable[[int], None] = lambda _: None) -> Records:
+def check(place: Place, on_progress: Callable[[int], None] = lambda _: None) -> Records:
     """Check every byte of an archive.
 
     Args:
-        on_read: called after each entry with the bytes that were checked, and at the end.
+        on_progress: called after each entry, and at the end, with the bytes checked so far.
 
     Raises:
         ReadError: it cannot be read.
@@ -113,11 +113,11 @@ def check(place: Place, on_read: Callable[[int], None] = lambda _: None) -> Reco
             if fault is not None:
                 return Records(checked, without, f"{place.where}: {fault} of '{name}' is not as its directory says")
             checked, without = (checked + 1, without) if crc else (checked, without + 1)
-            on_read(at)
+            on_progress(at)
         fault = _directory(archive, [*archive.entries.values()], at)
         end = archive.limit + len(archive.directory)
         fault = fault or _end(archive, file.read(place.start + end, length - end))
-    on_read(place.nbytes)
+    on_progress(place.nbytes)
     return Records(checked, without, None if fault is None else f"{place.where}: {fault}")
 
 

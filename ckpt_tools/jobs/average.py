@@ -12,7 +12,7 @@ from ..compute import engine
 from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
 from ..compute.hashes import file_hashes
-from ..compute.progress import TORCH, uncounted
+from ..compute.progress import LOADING_TORCH, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError, unknown_word
 from ..formats.in_memory import IN_MEMORY
@@ -219,7 +219,7 @@ def _checked(
     measured = recalibration.recal_bn is not None
     if not measured:
         for each in recalibration.options():
-            if vars(recalibration)[each.name] != each.default and not each.name.startswith("on_"):
+            if vars(recalibration)[each.name] != each.default:
                 raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
     parse_dtype(output.dtype)
     check_threads(running.threads)
@@ -325,7 +325,7 @@ class _Writer:
         Raises:
             CkptError: see `averaged_network` and `run.produce`.
         """
-        with uncounted(self.running.on_progress, TORCH):
+        with uncounted(self.running.on_progress, LOADING_TORCH):
             from .averaged_network import measured, opened_network
 
         with ExitStack() as stack:

@@ -13,7 +13,7 @@ from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group
 from ..batchnorm.recalibrate import check_options
 from ..checkpoints.open import Checkpoint
-from ..compute.progress import LOADING, Progress, uncounted
+from ..compute.progress import LOADING_MODEL, Progress, uncounted
 from ..errors import UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.evaluators import Classifier
@@ -111,7 +111,7 @@ def opened_classifiers(
     option, unlabelled = statistics
     sources = {**labelled, **({} if unlabelled is None else {option: unlabelled})}
     with importable(which.model, which.forward, *filter(is_factory, sources.values())):
-        with uncounted(on_progress, LOADING):
+        with uncounted(on_progress, LOADING_MODEL):
             call = call_of(which.forward, which.inputs, which.mask)
             network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
             loaded = load_weights(network, example)  # so that what does not fit is told before any work

@@ -14,7 +14,7 @@ from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
 from ..compute.norms import Apart, added, apart
-from ..compute.progress import TORCH, Activity, uncounted
+from ..compute.progress import LOADING_TORCH, Activity, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -359,7 +359,7 @@ def _distances(
         if not plan.pairs:
             return []
         show = None if asked.silent else running.on_progress
-        with uncounted(show, TORCH):
+        with uncounted(show, LOADING_TORCH):
             from ..compute.compare import compare
 
         return compare(

@@ -20,7 +20,7 @@ from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts import called
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
-from ..compute.progress import IMAGES, LOADING, Progress, uncounted
+from ..compute.progress import LOADING_MODEL, OPENING_IMAGES, Progress, uncounted
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
@@ -296,13 +296,13 @@ def opened(
     """
     sources = [data for data in (images.data, measuring.eval_data) if data and is_factory(data)]
     with importable(which.model, which.forward, *sources):
-        with uncounted(on_progress, LOADING):
+        with uncounted(on_progress, LOADING_MODEL):
             call = call_of(which.forward, which.inputs, which.mask)
             network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
             found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
             loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
             network.to(device)
-        with uncounted(on_progress, IMAGES):
+        with uncounted(on_progress, OPENING_IMAGES):
             batches, held_out, preprocessing, notes = _opened(
                 network, checkpoint, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
             )

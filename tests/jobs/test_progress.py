@@ -107,7 +107,7 @@ LABELLED = f"{small_network.__file__}:labelled"
         (lambda paths, show: ckpt_tools.look(paths, on_progress=show), {"reading headers", "measuring"}),
         (
             lambda paths, show: ckpt_tools.verify(paths[0], expect_sha256=sha256(paths[0]), on_progress=show),
-            {"hashing inputs", "checking crc32", "loading torch", "verifying", "loading"},
+            {"hashing inputs", "checking crc32", "loading torch", "verifying", "loading the checkpoint"},
         ),
         (
             lambda paths, show: ckpt_tools.average(paths[1:], base=paths[0], out="o.pth", on_progress=show),

@@ -7,13 +7,13 @@ import io
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ...checkpoints.open import Checkpoint
-from ...compute.progress import Activity, counted
+from ...compute.progress import Activity, Progress, counted
 from ...errors import CkptError, DataError, UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function, Scores, scored_together
 from ...series.find import find_series
@@ -73,10 +73,10 @@ def evaluate(
     example = Checkpoint(series.members[first].header, weights.state)
     at: list[str] = []  # which checkpoint is at work
 
-    def progress(what: str, done: int, total: int | None) -> None:
+    def progress(what: Activity, done: int, total: int | None) -> None:
         if running.on_progress is not None:
-            work = what if isinstance(what, Activity) else Activity(what, "images")
-            running.on_progress(Activity(f"{at[-1]}: {work}", work.unit, step=work.step) if at else work, done, total)
+            work = Activity(f"{at[-1]}: {what}", what.unit, step=what.step) if at else what
+            running.on_progress(work, done, total)
 
     with ExitStack() as stack:
         if way == "data":
@@ -194,7 +194,7 @@ def _on_images(
     which: Network,
     images: EvaluatedImages,
     running: Evaluating,
-    progress: Callable[[str, int, int | None], None],
+    progress: Progress,
 ) -> Iterator[tuple[Evaluator, list[str]]]:
     """Yield what scores on labelled images, and notes."""
     data = str(images.data)

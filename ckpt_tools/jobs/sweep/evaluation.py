@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
-from ...compute.progress import TORCH, Progress, uncounted
+from ...compute.progress import LOADING_TORCH, Progress, uncounted
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network, Numerics, Statistics
 from .options import Evaluation, Honesty, Sweeping, SweptImages
@@ -89,7 +89,7 @@ def _classifier(
     example: Checkpoint,
     on_progress: Progress,
 ) -> Iterator[Evaluators]:
-    with uncounted(on_progress, TORCH):
+    with uncounted(on_progress, LOADING_TORCH):
         from ..classifiers import opened_classifiers
 
     given = {"eval_data": eval_data, "test": honesty.test}

@@ -16,7 +16,7 @@ from ...checkpoints.layouts import called
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
-from ...compute.progress import IMAGES, LOADING, uncounted
+from ...compute.progress import LOADING_MODEL, OPENING_IMAGES, uncounted
 from ...errors import ModelError, NumericsError, UsageError, unknown_word
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
@@ -85,10 +85,10 @@ def tune_checkpoint(
     scratch = Path(tempfile.gettempdir() if training.scratch is None else training.scratch).expanduser()
     sources = [images.data, images.eval_data, teaching.teacher]
     with importable(which.model, *(each for each in sources if each is not None and is_factory(each))):
-        with uncounted(running.on_progress, LOADING):
+        with uncounted(running.on_progress, LOADING_MODEL):
             network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
             loaded = load_weights(network, checkpoint)
-        with uncounted(running.on_progress, IMAGES):
+        with uncounted(running.on_progress, OPENING_IMAGES):
             setting = open_setting(network, header, device, which, images, training, teaching, numerics)
         report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe, loaded.notes)
 

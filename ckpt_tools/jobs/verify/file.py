@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compute.hashes import file_hashes
-from ...compute.progress import TORCH, Activity, Progress, counted, uncounted
+from ...compute.progress import LOADING_TORCH, Activity, Progress, counted, uncounted
 from ...errors import CkptError, SeriesError, UsageError
 from ...formats.header import Header
 from ...formats.json_file import read_small
@@ -146,7 +146,7 @@ def part_of(header: Header) -> str:
 
 
 def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Digest]:
-    with uncounted(running.on_progress, TORCH):
+    with uncounted(running.on_progress, LOADING_TORCH):
         from ...compute.digest import digests
 
     tell = counted(running.on_progress, Activity("verifying"), sum(spec.nbytes for spec in specs))

@@ -95,7 +95,7 @@ def _checks(header: Header, asked: Verification, running: Reading, share: float,
         yield file.digest(header, asked.expect_sha256, running.on_progress)
     yield file.zip_checksums(header, running.on_progress)
     yield from file.tensors(header, asked, running)
-    with uncounted(running.on_progress, "loading"):
+    with uncounted(running.on_progress, "loading the checkpoint"):
         loaded = file.loads(header)
     yield loaded
     yield from origin(header, asked, running, share, seed)
