@@ -39,7 +39,11 @@ def test_help_shows_every_public_function() -> None:
 
 
 def test_every_error_is_public() -> None:
-    raised = {name for name, each in vars(errors).items() if isinstance(each, type)}
+    raised = {
+        name
+        for name, each in vars(errors).items()
+        if getattr(each, "__module__", "") == errors.__name__ and isinstance(each, type)
+    }
     assert raised <= {*ckpt_tools.__all__}
 
 

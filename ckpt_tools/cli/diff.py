@@ -12,7 +12,7 @@ from . import arguments, console
 from .tables import Table
 
 if TYPE_CHECKING:
-    from ..compute.norms import Apart
+    from ..compute.norms import Norms
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
@@ -87,17 +87,17 @@ def _table(tensors: list[TensorDiff]) -> Table:
         table.add(
             name,
             "codes" if tensor.max_abs is None else f"{tensor.max_abs:.3g}",
-            "" if tensor.apart is None else _percent(tensor.apart.relative),
+            "" if tensor.norms is None else _percent(tensor.norms.relative),
             f"{tensor.differing} of {tensor.values}{odd}",
-            bar=0.0 if tensor.apart is None else tensor.apart.relative,
+            bar=0.0 if tensor.norms is None else tensor.norms.relative,
             colour="red" if tensor.beyond else "green",
         )
     return table
 
 
-def _in_all(apart: Apart) -> str:
-    cosine = "" if apart.cosine is None else f" (cosine {apart.cosine:.6g})"
-    return f"{apart.distance:.4g}, {_percent(apart.relative)} of the norm{cosine}"
+def _in_all(norms: Norms) -> str:
+    cosine = "" if norms.cosine is None else f" (cosine {norms.cosine:.6g})"
+    return f"{norms.distance:.4g}, {_percent(norms.relative)} of the norm{cosine}"
 
 
 def _percent(share: float) -> str:
@@ -116,8 +116,8 @@ def _verdict(report: DiffReport) -> str:
     differing = sum(1 + len(tensor.tied) for tensor in report.tensors if tensor.differing)
     figures = f"{differing} of {weights} {'differs' if differing == 1 else 'differ'}"
     if differing:
-        if report.apart is not None and report.apart.distance:
-            figures += f"; the distance in all is {_in_all(report.apart)}"
+        if report.norms is not None and report.norms.distance:
+            figures += f"; the distance in all is {_in_all(report.norms)}"
         largest, where = report.largest
         figures += f"; the largest difference is {largest:.3g} ({where})" if largest else ""
     tolerance = f"(rtol {report.rtol:g}, atol {report.atol:g})"

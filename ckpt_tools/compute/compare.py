@@ -19,7 +19,7 @@ from ..storage.ahead import Need, ReadAhead
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
 from .fetching import any_remote, needed_of
-from .norms import Squares, added, squares
+from .norms import InnerProducts, added, exactly
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .summation import real_dtype
 from .threads import HandedOut, in_threads
@@ -48,8 +48,8 @@ class Distance:
         max_abs: the largest |a - b| over finite values, capped at the largest float64; None for packed codes, which are
             not numbers.
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
-        squares: the sums over finite values; None for integers and packed codes, and beyond the range of float64. Those
-            of a slice are rounded, so slices of other sizes may give other last digits.
+        products: over finite values; None for integers and packed codes, and beyond the range of float64. Those of a
+            slice are rounded, so slices of other sizes may give other last digits.
     """
 
     values: int
@@ -59,7 +59,7 @@ class Distance:
     nonfinite: int = 0
     max_abs: float | None = 0.0
     max_rel: float | None = 0.0
-    squares: Squares | None = field(default=(0, 0, 0), compare=False)
+    products: InnerProducts | None = field(default=(0, 0, 0, 0), compare=False)
 
     def joined(self, other: Distance) -> Distance:
         """Return the distance over the values of both."""
@@ -71,7 +71,7 @@ class Distance:
             self.nonfinite + other.nonfinite,
             _larger(self.max_abs, other.max_abs),
             _larger(self.max_rel, other.max_rel),
-            added((self.squares, other.squares)),
+            added((self.products, other.products)),
         )
 
 
@@ -101,7 +101,7 @@ def compare(
         rtol, atol: floating-point values may differ by atol + rtol * |b|, as in torch.allclose; integers by nothing.
         stamps: of the files, taken when their headers were read.
         threads: workers; as many as there are cores by default.
-        slice_size: elements a worker handles at a time. Changes no result but the last digits of `squares`.
+        slice_size: elements a worker handles at a time. Changes no result but the last digits of `products`.
         part: (i, n): compare only the i-th of n parts of all slices, from 1 on. The distances of all parts, joined, are
             those of the whole, for they are counts, maxima and exact sums.
         on_progress: called in this thread, a few times a second, with (bytes read so far, bytes of the part).
@@ -263,7 +263,7 @@ class _Worker:
             )
         read = nbytes + more
         if pair.same_dtype and self._same_bytes(nbytes):
-            return Distance(count * pair.reals, squares=self._same_squares(pair, count * pair.reals)), read
+            return Distance(count * pair.reals, products=self._same_products(pair, count * pair.reals)), read
         if pair.category is Category.PACKED:
             return self._codes(nbytes, pair.a.item), read
         if pair.category is Category.INTEGER:
@@ -297,8 +297,8 @@ class _Worker:
         relative = apart / largest.clamp_(min=1)
         return Distance(count, False, differing, differing, 0, apart.max().item(), relative.max().item(), None)
 
-    def _same_squares(self, pair: _Pair, count: int) -> Squares | None:
-        """Return the squares of a slice whose bytes are the same in both."""
+    def _same_products(self, pair: _Pair, count: int) -> InnerProducts | None:
+        """Return the inner products of a slice whose bytes are the same in both."""
         if pair.category is not Category.FLOAT:
             return None
         values = self._widened(self._a, pair.a, self._wide[0], count)
@@ -306,7 +306,7 @@ class _Worker:
         if not math.isfinite(found):
             values.nan_to_num_(0.0, 0.0, 0.0)
             found = values.dot(values).item()
-        return squares(0.0, found, found)
+        return exactly(0.0, found, found, found)
 
     def _widened(self, reader: Reader, source: TensorSource, wide: Buffer, count: int) -> torch.Tensor:
         """Return what was read, as float64."""
@@ -332,7 +332,7 @@ class _Worker:
     def _measure(self, a: torch.Tensor, b: torch.Tensor, gap: torch.Tensor, nonfinite: int) -> Distance:
         """Measure finite values by their differences; overwrites all three."""
         largest = gap.max().item()
-        found = squares(gap.dot(gap).item(), a.dot(a).item(), b.dot(b).item())
+        found = exactly(gap.dot(gap).item(), a.dot(a).item(), b.dot(b).item(), a.dot(b).item())
         differing = beyond = int(gap.count_nonzero())
         b.abs_()
         if differing and (self._rtol or self._atol):
@@ -346,7 +346,7 @@ class _Worker:
             nonfinite=nonfinite,
             max_abs=largest,
             max_rel=gap.div_(scale).max().item(),
-            squares=found,
+            products=found,
         )
 
 

@@ -1,4 +1,4 @@
-"""Norms: the distance of two vectors, their lengths and their angle, from sums of squares that are joined exactly."""
+"""Norms: the distance of two vectors, their lengths and their angle, from inner products that are joined exactly."""
 
 from __future__ import annotations
 
@@ -6,34 +6,51 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-Squares = tuple[int, int, int]
-"""The sums of (a - b)^2, a^2 and b^2, in units of 2^-1074, the smallest float64: integers, added in any order."""
+InnerProducts = tuple[int, int, int, int]
+"""(a - b).(a - b), a.a, b.b and a.b, in units of 2^-1074, the smallest float64: integers, added in any order."""
 _UNITS = 1 << 1074
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
-    """How far two vectors of finite floating-point values are apart; squares below 2^-1074 count as 0.
+class Norms:
+    """Two vectors of finite floating-point values; squares below 2^-1074 count as 0.
 
     Attributes:
-        distance: the Euclidean norm of a - b.
-        norm_a, norm_b: the norms of both.
+        a, b: the Euclidean norms of both.
+        distance: the norm of a - b.
         relative: the distance, divided by the larger norm; 0 if both are 0.
         cosine: of the angle between them; None if one is 0.
     """
 
+    a: float
+    b: float
     distance: float
-    norm_a: float
-    norm_b: float
     relative: float
     cosine: float | None
 
+    @classmethod
+    def of(cls, products: InnerProducts | None) -> Norms | None:
+        """Return the norms; None for products that are not known, or beyond the range of float64."""
+        if products is None:
+            return None
+        try:
+            # Each is rounded once, then its root is taken.
+            distance, a, b = (math.sqrt(square / _UNITS) for square in products[:3])
+            product = products[3] / _UNITS
+        except OverflowError:
+            return None
+        relative = distance / max(a, b) if a or b else 0.0
+        # The products were rounded, each by itself.
+        cosine = min(1.0, max(-1.0, product / a / b)) if a and b else None
+        return cls(a, b, distance, relative, cosine)
 
-def squares(gap: float, a: float, b: float) -> Squares | None:
-    """Return sums of squares as integers; None if one is beyond the range of float64."""
-    if not (math.isfinite(gap) and math.isfinite(a) and math.isfinite(b)):
+
+def exactly(*products: float) -> InnerProducts | None:
+    """Return `InnerProducts` from numbers in that order; None if one is beyond the range of float64."""
+    if not all(map(math.isfinite, products)):
         return None
-    return _whole(gap), _whole(a), _whole(b)
+    gap, a, b, ab = map(_whole, products)
+    return gap, a, b, ab
 
 
 def _whole(value: float) -> int:
@@ -41,30 +58,11 @@ def _whole(value: float) -> int:
     return above << (_UNITS.bit_length() - below.bit_length())
 
 
-def added(found: Iterable[Squares | None]) -> Squares | None:
-    """Return the squares of vectors that are joined from others; None if one of them is not known."""
-    gap = a = b = 0
+def added(found: Iterable[InnerProducts | None]) -> InnerProducts | None:
+    """Return the inner products of vectors that are joined from others; None if those of one are not known."""
+    gap = a = b = ab = 0
     for each in found:
         if each is None:
             return None
-        gap, a, b = gap + each[0], a + each[1], b + each[2]
-    return gap, a, b
-
-
-def apart(found: Squares | None) -> Apart | None:
-    """Return distance, norms and angle; None for squares that are not known, or beyond the range of float64.
-
-    The cosine is from 2 a.b = a.a + b.b - (a - b).(a - b).
-    """
-    if found is None:
-        return None
-    gap, a, b = found
-    try:
-        distance, norm_a, norm_b = (math.sqrt(square / _UNITS) for square in found)  # rounded once, then the root
-        product = (a + b - gap) / (2 * _UNITS)
-    except OverflowError:
-        return None
-    relative = distance / max(norm_a, norm_b) if a or b else 0.0
-    # The sums were rounded, each by itself.
-    cosine = min(1.0, max(-1.0, product / norm_a / norm_b)) if a and b else None
-    return Apart(distance, norm_a, norm_b, relative, cosine)
+        gap, a, b, ab = gap + each[0], a + each[1], b + each[2], ab + each[3]
+    return gap, a, b, ab

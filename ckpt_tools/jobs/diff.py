@@ -13,7 +13,7 @@ from ..checkpoints.layouts import StateDict, called, select
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
-from ..compute.norms import Apart, added, apart
+from ..compute.norms import Norms, added
 from ..compute.progress import LOADING_TORCH, Activity, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -69,7 +69,7 @@ class TensorDiff:
         dtype: in a.
         values: number of values; a complex element is two.
         differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.compute.compare.Distance`.
-        apart: the tensors as vectors; None for integers and codes.
+        norms: the tensors as vectors; None for integers and codes, and beyond the range of float64.
     """
 
     name: str
@@ -81,7 +81,7 @@ class TensorDiff:
     nonfinite: int
     max_abs: float | None
     max_rel: float | None
-    apart: Apart | None
+    norms: Norms | None
 
     @property
     def weights(self) -> bool:
@@ -103,8 +103,8 @@ class DiffReport(Report):
         compared: number of names whose values were compared.
         identical: number of them with the same bytes.
         tensors: the others: what is beyond the tolerance, then the largest distance relative to the norm, first.
-        apart: all floating-point tensors as one vector, tied ones once; None if none was compared, or some need not be
-            read, because both checkpoints have them at one place of one file.
+        norms: all floating-point tensors as one vector, tied ones once; None if none was compared, or some need not be
+            read, because both checkpoints have them at one place of one file, or beyond the range of float64.
         notes: decisions, in words.
         bytes_read: of both, by all parts.
         part: what became of a part of the comparison, in words.
@@ -123,7 +123,7 @@ class DiffReport(Report):
     compared: int
     identical: int
     tensors: tuple[TensorDiff, ...]
-    apart: Apart | None
+    norms: Norms | None
     notes: tuple[str, ...]
     bytes_read: int
     part: str = ""
@@ -245,7 +245,7 @@ def diff(
         compared=0 if distances is None else plan.same + sum(len(tied) for tied in plan.pairs.values()),
         identical=0 if distances is None else plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
-        apart=None if plan.same or distances is None else _in_all(plan, distances),
+        norms=None if plan.same or distances is None else _in_all(plan, distances),
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
         part=words,
@@ -392,18 +392,18 @@ def _described(plan: _Plan) -> Iterator[str]:
 
 def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:
     facts = asdict(distance)
-    del facts["same_bytes"], facts["squares"]
-    known = distance.squares if spec.dtype.averaged else None
-    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts, apart=apart(known))
+    del facts["same_bytes"], facts["products"]
+    known = distance.products if spec.dtype.averaged else None
+    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts, norms=Norms.of(known))
 
 
-def _in_all(plan: _Plan, distances: Iterable[Distance]) -> Apart | None:
-    found = [how.squares for (spec, _), how in zip(plan.pairs, distances, strict=True) if spec.dtype.averaged]
-    return apart(added(found)) if found else None
+def _in_all(plan: _Plan, distances: Iterable[Distance]) -> Norms | None:
+    found = [how.products for (spec, _), how in zip(plan.pairs, distances, strict=True) if spec.dtype.averaged]
+    return Norms.of(added(found)) if found else None
 
 
 def _rank(tensor: TensorDiff) -> tuple[Any, ...]:
     """Sort key: what is beyond the tolerance; what has no number for it; weights before counters; then by distance."""
     numbered = tensor.max_abs is not None and tensor.nonfinite == 0
-    far = math.inf if tensor.apart is None else tensor.apart.relative  # beyond float64; or a counter
+    far = math.inf if tensor.norms is None else tensor.norms.relative  # beyond float64; or a counter
     return tensor.beyond == 0, numbered, not tensor.weights, -far, -(tensor.max_abs or 0.0), tensor.name

@@ -1,4 +1,4 @@
-"""Comparing in parts: each process compares some slices, and what they found is joined: counts and maxima.
+"""Comparing in parts: each process compares some slices, and what they found is joined: counts, maxima and exact sums.
 
 They leave it in a stage without files (`storage/kept_stage.py`), in the current folder, for a comparison has no target.
 """

@@ -99,7 +99,7 @@ def test_diff_writes_json_with_every_tensor_alone_to_stdout(save: Save) -> None:
     report = json.loads(result.out)
     assert (result.code, report["verdict"], report["max_abs"], len(report["tensors"])) == (1, "different", 1.0, 5)
     assert report["tensors"][0]["name"] == "w0"
-    assert report["apart"]["distance"] == pytest.approx(15**0.5, rel=1e-15)
+    assert report["norms"]["distance"] == pytest.approx(15**0.5, rel=1e-15)
     assert json.loads(run("diff", a, a, "--json").out)["verdict"] == "identical"
 
 

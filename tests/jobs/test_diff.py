@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,29 +60,37 @@ def test_distance_and_angle_equal_numpy_whatever_is_the_same_in_both(save: Save,
         for each in (a, b)
     )
     want = (np.linalg.norm(x - y), np.linalg.norm(x), np.linalg.norm(y))
-    assert report.apart is not None
-    assert (report.apart.distance, report.apart.norm_a, report.apart.norm_b) == pytest.approx(want, rel=1e-14)
-    assert report.apart.relative == pytest.approx(want[0] / max(want[1:]), rel=1e-14)
-    assert report.apart.cosine == pytest.approx(x @ y / (want[1] * want[2]), rel=1e-14)
-    order = {each.name: each.apart.relative for each in report.tensors if each.apart is not None}
+    assert report.norms is not None
+    assert (report.norms.distance, report.norms.a, report.norms.b) == pytest.approx(want, rel=1e-14)
+    assert report.norms.relative == pytest.approx(want[0] / max(want[1:]), rel=1e-14)
+    assert report.norms.cosine == pytest.approx(x @ y / (want[1] * want[2]), rel=1e-14)
+    order = {each.name: each.norms.relative for each in report.tensors if each.norms is not None}
     assert list(order) == sorted(order, key=lambda name: -order[name]) == ["turned", "w"]
+
+
+@pytest.mark.parametrize("scale", [1e-10, -1e-13, 1e-17])
+def test_the_angle_of_vectors_of_very_different_lengths_is_exact(save: Save, scale: float) -> None:
+    a = torch.randn(1000, dtype=torch.float64)
+    norms = ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": scale * a})).norms
+    assert norms is not None
+    assert norms.cosine == pytest.approx(math.copysign(1.0, scale), rel=1e-12)
 
 
 def test_vectors_without_a_length_or_beyond_float64_have_no_angle(save: Save) -> None:
     zero, one = torch.zeros(3), torch.ones(3)
-    apart = ckpt_tools.diff(save("a.pth", {"w": zero}), save("b.pth", {"w": one})).apart
-    assert apart is not None
-    assert (apart.relative, apart.cosine) == (1.0, None)
+    norms = ckpt_tools.diff(save("a.pth", {"w": zero}), save("b.pth", {"w": one})).norms
+    assert norms is not None
+    assert (norms.relative, norms.cosine) == (1.0, None)
     huge = ckpt_tools.diff(save("a.pth", {"w": zero.double() + 1e200}), save("b.pth", {"w": one.double()}))
-    assert huge.apart is None
+    assert huge.norms is None
     large = torch.full((1,), 1.2e154, dtype=torch.float64)  # whose square is finite, and the sum of two is not
     two = ckpt_tools.diff(
         save("a.pth", {"v": large, "w": large.clone()}), save("b.pth", {"v": -large, "w": large + 1e140})
     )
-    assert two.apart is None
-    assert [each.apart and (each.apart.norm_a, each.apart.cosine) for each in two.tensors] == [None, (1.2e154, 1.0)]
+    assert two.norms is None
+    assert [each.norms and (each.norms.a, each.norms.cosine) for each in two.tensors] == [None, (1.2e154, 1.0)]
     counters = ckpt_tools.diff(save("a.pth", {"n": torch.arange(3)}), save("b.pth", {"n": torch.arange(3) + 1}))
-    assert counters.apart is None
+    assert counters.norms is None
 
 
 @pytest.mark.parametrize("threads", [1, 3])
