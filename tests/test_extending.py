@@ -23,7 +23,7 @@ from ckpt_tools.formats.file_plan import FilePlan, Payload, constant, whole_file
 from ckpt_tools.formats.format import Format, Writing
 from ckpt_tools.formats.header import Header
 from ckpt_tools.series import schedules
-from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.option import Option
 from ckpt_tools.storage.source import STORES, InputFile
 from ckpt_tools.tensors import DTYPES, Storage, make_spec
 

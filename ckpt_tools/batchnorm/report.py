@@ -47,7 +47,7 @@ class LayerReport:
     variance_error: float | None
 
     @property
-    def far(self) -> bool:
+    def moved_far(self) -> bool:
         """True if it moved far."""
         return self.mean_moved > FAR_MEAN or self.variance_moved > FAR_VARIANCE
 
@@ -75,9 +75,9 @@ class BatchNormReport:
     statistics: Mapping[str, tuple[Tensor | None, Tensor]] = field(repr=False)
 
     @property
-    def far(self) -> tuple[LayerReport, ...]:
+    def moved_far(self) -> tuple[LayerReport, ...]:
         """The layers that moved far."""
-        return tuple(layer for layer in self.layers if layer.far)
+        return tuple(layer for layer in self.layers if layer.moved_far)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON, without the statistics themselves."""

@@ -21,7 +21,7 @@ import typer
 from ..errors import UsageError, WriteError
 from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
-from ..series.rules.rule import Numbers, Option
+from ..series.rules.option import Numbers, Option
 from . import common, completion, console, defaults, progress
 
 R = TypeVar("R")

@@ -19,7 +19,7 @@ import typer.core
 import typer.main
 
 from ..errors import UsageError
-from ..series.rules.rule import Origins
+from ..series.rules.option import Origins
 from . import common, console, defaults
 from .words import COMMANDS, MEANT, OPTIONS
 

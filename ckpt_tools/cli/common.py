@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import UsageError
-from ..series.rules.rule import Origins
+from ..series.rules.option import Origins
 from . import console
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from ..series.rules.rule import Option
+from ..series.rules.option import Option
 
 ASKED = "_CKPT_COMPLETE" in os.environ
 """Whether a shell has started this process to complete a line."""

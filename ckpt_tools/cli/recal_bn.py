@@ -90,7 +90,7 @@ def _show_statistics(found: BatchNormReport) -> None:
             f"{layer.mean_moved:.2g} σ",
             f"x{layer.variance_moved:.3g}",
             bar=layer.mean_moved,
-            colour="yellow" if layer.far else "green",
+            colour="yellow" if layer.moved_far else "green",
         )
     console.say(table)
     for name, class_name, reason in found.skipped:
@@ -106,7 +106,7 @@ def _show_statistics(found: BatchNormReport) -> None:
             f"{max(variances):.1%}. More images make it smaller."
         )
 
-    if far := found.far:
+    if far := found.moved_far:
         from ..batchnorm.report import FAR_MEAN, FAR_VARIANCE
 
         worst = max(far, key=lambda layer: layer.mean_moved)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from ..compute.progress import Progress, check_progress
 from ..series.rules.amounts import Span, Steps
-from ..series.rules.rule import ANY, FACTORY, Numbers, Option, Origins
+from ..series.rules.option import ANY, FACTORY, Numbers, Option, Origins
 from ..series.schedules import Schedule
 from ..tensors import FLOAT_DTYPES
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 from ..errors import CkptError, UsageError, unknown_word
 from .member import Member
 from .rules.amounts import parse_span
-from .rules.rule import Option, Rule
+from .rules.option import Option
+from .rules.rule import Rule
 from .schedules import SCHEDULES, Schedule, named
 from .selection import Choice
 

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, get_args
 
 from ..errors import UsageError, unknown_word
 from .rules import decay, difference, ema, posthoc, power, stock, uniform, weights
-from .rules.rule import Numbers, Option, Rule, one_of
+from .rules.option import Numbers, Option, one_of
+from .rules.rule import Rule
 
 _MODES = {"swa": "uniform", "mean": "uniform", "average": "uniform", "avg": "uniform", "exponential": "ema"}
 """Other names of modes, as other tools call them."""

@@ -20,7 +20,7 @@ from ckpt_tools.jobs.options import (
     Selection,
     Summing,
 )
-from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.option import Option
 from ckpt_tools.series.schedules import Schedule
 
 IN_BASH = """

@@ -10,7 +10,7 @@ from cli_runner import refused
 
 from ckpt_tools.jobs.options import AveragedOutput, Matching, Measuring, Selection, Summing
 from ckpt_tools.jobs.tune.options import Training
-from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.option import Option
 from ckpt_tools.series.schedules import Schedule
 
 GROUPS = (Schedule, Selection, Matching, AveragedOutput, Summing)

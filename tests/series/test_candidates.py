@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ckpt_tools.errors import CkptError, SeriesError, UsageError
 from ckpt_tools.series.candidates import Candidate, candidates, values
 from ckpt_tools.series.member import Member
-from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.option import Option
 from ckpt_tools.series.schedules import Schedule
 
 MEMBERS = tuple(Member(Path(f"c{i}"), None, 1000 * (i + 1), "step") for i in range(8))  # type: ignore[arg-type]

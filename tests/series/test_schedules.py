@@ -22,7 +22,7 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.jobs.options import Images, Measuring, Network, Numerics
 from ckpt_tools.series import schedules
 from ckpt_tools.series.rules.ema import ema, ema_per_step, ema_warmup
-from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.option import Option
 from ckpt_tools.series.rules.uniform import uniform
 from ckpt_tools.series.rules.weights import weights
 from ckpt_tools.series.schedules import Schedule

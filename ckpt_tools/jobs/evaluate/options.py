@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ...series.rules.rule import FACTORY
+from ...series.rules.option import FACTORY
 from ..options import Images, Inference, Network, Options, State, Statistics, option
 from ..sweep.options import Evaluation
 

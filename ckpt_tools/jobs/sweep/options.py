@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
-from ...series.rules.rule import ANY, FACTORY, Option
+from ...series.rules.option import ANY, FACTORY, Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
 from ...tensors import FLOAT_DTYPES

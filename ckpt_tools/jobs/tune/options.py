@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from ...series.rules.rule import FACTORY, Numbers
+from ...series.rules.option import FACTORY, Numbers
 from ..options import Images, Network, Options, Output, option
 
 

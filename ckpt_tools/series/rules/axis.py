@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ...errors import UsageError, unknown_word
-from .rule import Option, one_of
+from .option import Option, one_of
 
 AXES = ("auto", "steps", "files")
 BY = Option("by", one_of(AXES), "auto", "Count along steps, or files; auto takes the steps where all are known.")

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from ...errors import unknown_word
 from .axis import BY, check_axis, positions
-from .rule import Option, Rule, one_of
+from .option import Option, one_of
+from .rule import Rule
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,

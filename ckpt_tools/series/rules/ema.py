@@ -14,7 +14,8 @@ from typing import Any
 from ...errors import UsageError, unknown_word
 from .amounts import Span, parse_span
 from .axis import BY, check_axis, positions
-from .rule import Option, Rule, one_of
+from .option import Option, one_of
+from .rule import Rule
 
 _WARMUP_GAMMA, _WARMUP_POWER = 1.0, 2 / 3  # ModelEmaV3's
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ...errors import UsageError
 from ..profiles import Profile, mixture, parse_profile
-from .rule import Option, Rule
+from .option import Option
+from .rule import Rule
 
 _MISFIT = 0.1
 """The largest relative residual that is a fit."""

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from ...errors import UsageError
 from .axis import BY, check_axis, positions
-from .rule import Option, Rule
+from .option import Option
+from .rule import Rule
 
 LARGEST_SIGMA = 1 / math.sqrt(12)
 """The width of a uniform profile: gamma = 0."""

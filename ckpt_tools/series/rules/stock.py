@@ -12,7 +12,8 @@ from itertools import combinations
 from pathlib import Path
 
 from ...errors import UsageError
-from .rule import Option, Origins, Products, Rule
+from .option import Option, Origins
+from .rule import Products, Rule
 
 _GRAIN = 2.0**-20
 """Ratios are multiples of it, so that they do not depend on the order in which products are summed."""

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from ...errors import UsageError
-from .rule import Numbers, Option, Origins, Rule
+from .option import Numbers, Option, Origins
+from .rule import Rule
 
 
 def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, ...]:
