@@ -20,7 +20,8 @@ import typer
 
 from ..errors import UsageError, WriteError
 from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
-from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
+from ..jobs.option_groups import REQUIRED, Group
+from ..jobs.options import Pairs, Running, Words
 from ..series.rules.option import Numbers, Option
 from . import common, completion, console, defaults, progress
 

@@ -28,17 +28,8 @@ from .addends import Addends
 from .asked import Asked, asked_of
 from .assembly import Assembly, module_versions
 from .average_notes import of_output, of_statistics
-from .options import (
-    AveragedOutput,
-    Earlier,
-    Fetched,
-    Matching,
-    Recalibration,
-    Selection,
-    Sharing,
-    Summing,
-    takes,
-)
+from .option_groups import takes
+from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing
 from .outputs import Target, grows_at
 from .pictures import Picture
 from .provenance import Input

@@ -20,7 +20,8 @@ from ..formats.header import Header
 from ..series.paths import folder_of_index, one_checkpoint
 from ..storage.source import LOCAL, store_of
 from ..storage.staged import write_file
-from .options import CardOutput, Running, Wording, takes
+from .option_groups import takes
+from .options import CardOutput, Running, Wording
 from .outputs import check_target, on_this_machine
 from .provenance import Record, average_record
 from .reports import Report

@@ -18,7 +18,8 @@ from typing import Any
 from ..errors import ReadError, UsageError
 from ..storage.hidden import Hidden, allocated, held, hidden_in, remove
 from ..storage.kept_stage import Stage
-from .options import Clearing, takes
+from .option_groups import takes
+from .options import Clearing
 from .reports import Report
 
 _OURS = re.compile(r"job\.json(\.[0-9a-f]{8})?|output|part-\d+-of-\d+\.jsonl|ended")

@@ -37,7 +37,8 @@ from .asked import asked_of
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .checksums import with_place
 from .companions import companions
-from .options import Computing, ConvertedOutput, ConvertedState, Missing, Sharing, takes
+from .option_groups import takes
+from .options import Computing, ConvertedOutput, ConvertedState, Missing, Sharing
 from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
 from .provenance import input_record, provenance

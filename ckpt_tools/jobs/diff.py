@@ -22,7 +22,8 @@ from ..formats.header import Header
 from ..series.paths import one_checkpoint, refuse_other_queries
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 from .asked import Asked, asked_of
-from .options import Comparison, Drawing, Reading, SharedComparison, Tolerance, takes
+from .option_groups import takes
+from .options import Comparison, Drawing, Reading, SharedComparison, Tolerance
 from .pictures import Picture
 from .provenance import short_names
 from .reports import Report

@@ -23,7 +23,8 @@ from ..series.paths import one_checkpoint
 from ..storage.source import LOCAL, Stamp, read_failed, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
-from .options import Prefixes, RenamedOutput, Running, takes
+from .option_groups import takes
+from .options import Prefixes, RenamedOutput, Running
 from .outputs import Target, check_same_format, check_target, on_this_machine
 from .reports import Report
 from .run import copy, run, told_of_sync

@@ -23,7 +23,8 @@ from ..series.metrics import metric_of
 from ..series.paths import one_checkpoint
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .assembly import own_metadata
-from .options import Drawing, takes
+from .option_groups import takes
+from .options import Drawing
 from .pictures import Picture
 from .reports import Report
 

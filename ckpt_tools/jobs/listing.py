@@ -22,7 +22,8 @@ from ..series.usable import Skipped, sorted_out
 from ..storage.source import stamp_at
 from ..tensors import TensorSpec
 from .inspect import sets_of
-from .options import Drawing, Skipping, Telling, takes
+from .option_groups import takes
+from .options import Drawing, Skipping, Telling
 from .pictures import Picture
 from .provenance import short_names
 from .reports import Report

@@ -27,7 +27,8 @@ from ..series.usable import Skipped
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
 from .measure import inner_products
-from .options import Alignment, Drawing, Matching, Reading, Selection, takes
+from .option_groups import takes
+from .options import Alignment, Drawing, Matching, Reading, Selection
 from .pictures import Picture
 from .provenance import short_names
 from .reports import Report

@@ -35,7 +35,8 @@ from .assembly import Assembly, rewrite
 from .checksums import with_place
 from .computed import computed
 from .image_data import check_images, fewer_classes, image_data, notes_of, same_data
-from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
+from .option_groups import takes
+from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State
 from .outputs import Target, named, named_after
 from .pictures import Picture
 from .provenance import input_record, provenance

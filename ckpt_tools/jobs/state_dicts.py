@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..series.paths import listed
-from .options import Group, Options
+from .option_groups import Group, Options
 
 if TYPE_CHECKING:
     import torch

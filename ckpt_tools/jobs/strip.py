@@ -27,7 +27,8 @@ from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .asked import asked_of
 from .assembly import Assembly, nested
 from .checksums import with_place
-from .options import KeptState, Moving, Sharing, StrippedOutput, takes
+from .option_groups import takes
+from .options import KeptState, Moving, Sharing, StrippedOutput
 from .outputs import Target, check_same_format, named_after
 from .provenance import input_record, provenance
 from .reports import Report

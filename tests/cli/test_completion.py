@@ -11,15 +11,8 @@ import pytest
 import torch
 from cli_runner import PATIENCE, environment, run
 
-from ckpt_tools.jobs.options import (
-    AveragedOutput,
-    ConvertedOutput,
-    Matching,
-    Options,
-    Recalibration,
-    Selection,
-    Summing,
-)
+from ckpt_tools.jobs.option_groups import Options
+from ckpt_tools.jobs.options import AveragedOutput, ConvertedOutput, Matching, Recalibration, Selection, Summing
 from ckpt_tools.series.rules.option import Option
 from ckpt_tools.series.schedules import Schedule
 

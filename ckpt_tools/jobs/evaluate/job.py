@@ -21,7 +21,8 @@ from ...series.member import Member
 from ...storage.source import LOCAL, store_of
 from ...storage.staged import write_file
 from ..classifiers import opened_classifiers
-from ..options import Network, Numerics, State, Statistics, takes
+from ..option_groups import takes
+from ..options import Network, Numerics, State, Statistics
 from ..outputs import named
 from ..provenance import origin_of, short_names
 from ..sweep.aim import Aim, aim_of

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...series.rules.option import FACTORY
-from ..options import Images, Inference, Network, Options, State, Statistics, option
+from ..option_groups import Options, option
+from ..options import Images, Inference, Network, State, Statistics
 from ..sweep.options import Evaluation
 
 

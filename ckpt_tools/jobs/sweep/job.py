@@ -19,7 +19,8 @@ from ...storage.journal import alone_in
 from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
 from ..asked import started_together
-from ..options import Matching, Network, Recalibration, takes
+from ..option_groups import takes
+from ..options import Matching, Network, Recalibration
 from ..outputs import Target, grows_at
 from ..provenance import provided, short_names
 from ..run import check_output, manners, write

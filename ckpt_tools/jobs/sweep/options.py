@@ -11,19 +11,8 @@ from ...series.rules.option import ANY, FACTORY, Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
 from ...tensors import FLOAT_DTYPES
-from ..options import (
-    DEVICES,
-    Images,
-    Matching,
-    Network,
-    Options,
-    Output,
-    Selection,
-    Skipping,
-    Statistics,
-    Summing,
-    option,
-)
+from ..option_groups import Options, option
+from ..options import DEVICES, Images, Matching, Network, Output, Selection, Skipping, Statistics, Summing
 
 
 class Values(Options):

@@ -29,7 +29,8 @@ from ...tuning.training import MOMENTUM, WEIGHT_DECAY, Recipe
 from ..assembly import Assembly, rewrite
 from ..computed import computed
 from ..image_data import check_images
-from ..options import Inference, Network, Numerics, State, takes
+from ..option_groups import takes
+from ..options import Inference, Network, Numerics, State
 from ..outputs import Target, named_after
 from ..provenance import input_record, provenance
 from ..run import check_output, run, write

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...series.rules.option import FACTORY, Numbers
-from ..options import Images, Network, Options, Output, option
+from ..option_groups import Options, option
+from ..options import Images, Network, Output
 
 
 class Classifier(Options, more=(Network,), without=("forward", "inputs", "mask")):

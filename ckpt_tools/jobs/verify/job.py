@@ -15,7 +15,8 @@ from ...errors import CkptError, UsageError
 from ...formats import read_header
 from ...formats.header import Header
 from ...series.paths import as_path, folder_of_index, one_checkpoint
-from ..options import Reading, Verification, takes
+from ..option_groups import takes
+from ..options import Reading, Verification
 from ..reports import Report
 from . import file
 from .check import FAILED, Check
