@@ -144,7 +144,8 @@ def check_together(
     for path in paths:
         try:
             header = read_header(one_checkpoint(path))
-            report, assembly = planned(header, _target(header, out), which, output)
+            target = _target(header, out)
+            _, assembly = planned(header, target, which, output)
             if assembly is None:
                 continue
             if not running.dry_run:  # which says itself what would be refused
@@ -154,7 +155,7 @@ def check_together(
             faults.append(error)
         else:
             stripped_ones.add(header.path.resolve())
-            targets[Path(report.out)] += 1
+            targets[target.path] += 1
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -163,13 +164,11 @@ def check_together(
         raise SeriesError(
             f"{len(faults)} of {len(paths)} checkpoints cannot be stripped, and none was: {'; '.join(said)}{more}."
         )
-    for target, times in targets.items():
+    for path, times in targets.items():
         if times > 1:
-            raise WriteError(f"{target}: would be written twice. Strip checkpoints with the same name one at a time.")
-        if target.resolve() in stripped_ones:
-            raise WriteError(
-                f"{target}: is one of the inputs, which stay as they are. Choose another folder with `out`."
-            )
+            raise WriteError(f"{path}: would be written twice. Strip checkpoints with the same name one at a time.")
+        if path.resolve() in stripped_ones:
+            raise WriteError(f"{path}: is one of the inputs, which stay as they are. Choose another folder with `out`.")
     return out
 
 

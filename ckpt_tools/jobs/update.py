@@ -114,7 +114,7 @@ def updated(
         skipped=(*record.skipped, *series.skipped),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
-        target=target if output.named is None else None,
+        target=target,
         replaces=header.files if in_place else (),
     )
 

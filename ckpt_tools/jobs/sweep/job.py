@@ -242,12 +242,11 @@ def _write_best(
         if evaluators.recalibrates:
             from ..averaged_network import measured, opened_network
 
-            device, tell = running.device, running.on_progress
-            state = example.state
-            network = stack.enter_context(opened_network(example.header, state, recalibration, device, tell))
+            header, state, device, tell = example.header, example.state, running.device, running.on_progress
+            network = stack.enter_context(opened_network(header, state, recalibration, device, tell))
             scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-            planned_ = network.planned(target)
-            found = measured(network, tensors, scratch, stamps, planned_, on_progress=tell, **options)
+            plan = network.planned(target)
+            found = measured(network, tensors, scratch, stamps, plan, on_progress=tell, **options)
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
