@@ -54,8 +54,8 @@ def eval(  # noqa: A001 - the name of the command
         from ..jobs.evaluate.job import evaluate
 
         line.idle(progress.PLANNING)
-        tell = {"on_plan": line.planned(show_plan), "on_result": say_result, "on_progress": line.tell}
-        report = evaluate(checkpoints, **options, **tell)
+        callbacks = {"on_plan": line.planned(show_plan), "on_result": say_result, "on_progress": line.tell}
+        report = evaluate(checkpoints, **options, **callbacks)
     if not options["dry_run"]:
         _show(report, console.shown_by(asked=True, json=json))
         arguments.say_notes(report.notes[len(plans[0].notes) :])

@@ -38,8 +38,8 @@ def recal_bn(
         from ..jobs.recalibrate import recalibrate_checkpoint
 
         line.idle(progress.PLANNING)
-        tell = {"on_plan": line.planned(show_plan), "on_progress": line.tell}
-        report = recalibrate_checkpoint(arguments.averaged(checkpoint), **options, **tell)
+        callbacks = {"on_plan": line.planned(show_plan), "on_progress": line.tell}
+        report = recalibrate_checkpoint(arguments.averaged(checkpoint), **options, **callbacks)
     if plans and (report.before is not None or report.written):  # of several processes only the first has a plan
         show_statistics(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])

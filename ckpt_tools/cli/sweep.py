@@ -59,9 +59,9 @@ def sweep(
             from ..jobs.sweep.page import Wording
 
             line.idle(progress.PLANNING)
-            shown = {"on_plan": line.planned(show_plan), "on_result": on_result, "on_progress": line.tell}
+            callbacks = {"on_plan": line.planned(show_plan), "on_result": on_result, "on_progress": line.tell}
             with console.printing_to_stderr():  # the user's own code
-                report = carry_out(paths, **options, on_words=Wording(command, arguments.spelled), **shown)
+                report = carry_out(paths, **options, on_words=Wording(command, arguments.spelled), **callbacks)
     except console.Stopped as stopped:
         if plans and not options["dry_run"]:
             stopped.left = f"the scores so far are in {plans[0].results}, and the same command goes on"
@@ -115,17 +115,15 @@ def _results(line: progress.Shown) -> Iterator[Callable[[Result, int, int], None
     Yields:
         The `on_result` of the sweep.
     """
-    began: list[float] = []
-    known: list[int] = []  # from before
+    first: tuple[float, int] | None = None  # when the first of this run began, and how many are known from before
 
     def left(result: Result, done: int, total: int) -> str:
+        nonlocal first
         now = time.monotonic()
-        began.append(now - result.seconds)  # of the first: not when the plan was made
-        known.append(done - 1)
-        fresh = done - known[0]
-        if fresh < 1 or done >= total:
+        began, known = first = first or (now - result.seconds, done - 1)
+        if done >= total:
             return ""
-        seconds = (now - began[0]) / fresh * (total - done)
+        seconds = (now - began) / (done - known) * (total - done)
         return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
     def say(result: Result, done: int, total: int) -> None:

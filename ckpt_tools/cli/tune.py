@@ -38,8 +38,8 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
         from ..jobs.tune.job import tune_checkpoint
 
         line.idle(progress.PLANNING)
-        tell = {"on_plan": line.planned(show_plan), "on_sizes": _show_sizes, "on_progress": line.tell}
-        report = tune_checkpoint(arguments.averaged(checkpoint), **options, **tell)
+        callbacks = {"on_plan": line.planned(show_plan), "on_sizes": _show_sizes, "on_progress": line.tell}
+        report = tune_checkpoint(arguments.averaged(checkpoint), **options, **callbacks)
     if report.written:
         _show_result(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])
