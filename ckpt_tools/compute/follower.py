@@ -157,15 +157,21 @@ class Follower:
                 if each.sha256 is not None or each.front:
                     each.front = each.stamp.nbytes
             self._changed.notify_all()
-            while not all([each.at == each.front and not each.busy for each in self._files.values()]):
-                self._raise()
-                if tell is not None:
-                    tell(sum(each.at for each in self._hashed))
-                self._changed.wait(0.1)
-            self._raise()
-        if tell is not None:
-            tell(sum(each.at for each in self._hashed))
+        ended = False
+        while not ended:
+            ended = self._ended()
+            if tell is not None:  # without the lock, for the threads that hash
+                tell(sum(each.at for each in self._hashed))
         return {each.stamp.path: each.sha256.hexdigest() for each in self._hashed}
+
+    def _ended(self) -> bool:
+        """Return True if all files were followed to their ends; False after a moment of waiting."""
+        with self._changed:
+            self._raise()
+            if all([each.at == each.front and not each.busy for each in self._files.values()]):
+                return True
+            self._changed.wait(0.1)
+            return False
 
     def _raise(self) -> None:
         if self._failed is not None:
