@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..jobs.listing import Listed, Listing
 
 _METADATA_ROWS, _METADATA_WIDTH = 8, 60
-"""Entries, and characters of a value, of metadata that are shown without -v."""
+"""Entries, and characters of a key or a value, of metadata that are shown without -v."""
 
 
 @arguments.with_options(Skipping, Drawing)
@@ -171,7 +171,8 @@ def _show_metadata(metadata: Mapping[str, str]) -> None:
     rows, longest = (len(metadata), None) if console.manner.verbose else (_METADATA_ROWS, _METADATA_WIDTH)
     console.show(f"  metadata: {console.plural(len(metadata), 'entry', 'entries')}")
     for key, text in [*metadata.items()][:rows]:
-        console.show(f"    {key}: {text if longest is None or len(text) <= longest else text[:longest] + '…'}")
+        cut = [each if longest is None or len(each) <= longest else f"{each[:longest]}…" for each in (key, text)]
+        console.show(f"    {': '.join(cut)}")
     if len(metadata) > rows:
         console.show(f"    and {len(metadata) - rows} more, which -v shows")
 

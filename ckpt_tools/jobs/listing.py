@@ -28,6 +28,11 @@ from .pictures import Picture
 from .provenance import short_names
 from .reports import Report
 
+Sets = Mapping[str, StateDict]
+"""The sets of weights in a checkpoint, by name."""
+Shapes = Mapping[str, tuple[int, ...] | None]
+"""The shapes of tensors, by name; None for one that cannot be averaged."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -78,10 +83,6 @@ class Listing(Report):
     def faults(self) -> int:
         """Number of those that cannot be used."""
         return sum(bool(each.fault) for each in self.checkpoints)
-
-
-Sets = Mapping[str, StateDict]
-Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 @takes(Skipping, Drawing, Telling)

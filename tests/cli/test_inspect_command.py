@@ -176,5 +176,7 @@ def test_inspect_shows_what_a_safetensors_file_says_of_itself() -> None:
     full = [line.strip() for line in run("inspect", "lora.safetensors", "-v").out.splitlines()]
     assert {f"{key}: {text}" for key, text in own.items()} <= {*full}
     assert json.loads(run("inspect", "lora.safetensors", "--json").out)["metadata"] == own
+    save_file({"w": torch.ones(2)}, "long.safetensors", {"k" * 10_000: "v" * 10_000})
+    assert max(map(len, run("inspect", "long.safetensors").out.splitlines())) < 200
     save_file({"w": torch.ones(2)}, "plain.safetensors", {"format": "pt"})
     assert "metadata" not in run("inspect", "plain.safetensors").out
