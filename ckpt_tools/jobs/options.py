@@ -304,7 +304,7 @@ class Clearing(Options):
 
     title = "Running"
 
-    parts: bool = option("Also remove what is done of jobs in parts, which could go on.", False)
+    parts: bool = option("Also remove what is done of jobs in parts, which could go on.", False, once_only=True)
     dry_run: bool = option("Show what is there, remove nothing.", False, once_only=True)
 
 

@@ -150,6 +150,7 @@ def test_what_is_not_on_the_command_line_is_said() -> None:
         ("[avg]\nchoose = 1", "ckpt.toml: [avg] 'choose' is no option of ckpt avg."),
         ("[tool.ckpt]\nmode = 'ema'", "ckpt.toml: [tool] is no command of ckpt. This file has its options at the top,"),
         ("[agv]\nmode = 'ema'", "ckpt.toml: [agv] is no command of ckpt. Did you mean avg?"),
+        ("parts = true", "ckpt.toml: 'parts' belongs to one run, and has no default. Give it on the command line."),
         ("out = 'a.pth'", "ckpt.toml: 'out' belongs to one run, and has no default. Give it on the command line."),
         ("threads = 'many'", "ckpt.toml: threads = 'many': "),
         ("threads = true", "ckpt.toml: threads = True is no value of this option."),
