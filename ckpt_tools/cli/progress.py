@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..compute.progress import HEADERS, LOADING_TORCH, Activity
 from ..jobs.asked import started_together
 from . import console
+from .tables import width_of
 
 PLANNING, OTHER = "planning", "other work"
 """What a job is doing while it tells nothing: before its plan, and after it."""
@@ -164,8 +165,6 @@ def _span(seconds: float) -> str:
 
 def _fitting(texts: list[str], width: int | None) -> str:
     """Return the first text that is not wider than this, or the end of the last, which has the count."""
-    from .tables import width_of
-
     if width is None:
         return texts[0]
     text = next((text for text in texts if width_of(text) <= width), None)
@@ -216,8 +215,6 @@ class _Moving(Line):
 
     def _drawn(self, mark: str) -> str:
         """Return the line, with a bar if there is room for one, too."""
-        from .tables import width_of
-
         width = console.columns() - 3
         text, share = self._meter.text(width), self._meter.share
         if share is None or width_of(text) + _BAR + 1 > width:
