@@ -105,8 +105,10 @@ class Meter:
     @property
     def name(self) -> str:
         """What the job is doing."""
-        last = self._last
-        return _named(Activity(self._idle) if last.ended else last.activity)
+        if not self._last.ended:
+            return _named(self._last.activity)
+        # To who waits now, nothing is known that it would be other than.
+        return "Working" if self._idle == OTHER else _named(Activity(self._idle))
 
     @property
     def share(self) -> float | None:
@@ -122,8 +124,8 @@ class Meter:
         """
         last, now = self._last, self._clock()
         if last.ended:
-            return _fitting([f"{_named(Activity(self._idle))}, {_span(now - self._since)}"], width)
-        name, seconds = _named(last.activity), _span(now - last.began)
+            return _fitting([f"{self.name}, {_span(now - self._since)}"], width)
+        name, seconds = self.name, _span(now - last.began)
         if not last.counted:
             return _fitting([f"{name}, {seconds}"], width)
         unit, rate, pace, left = last.activity.unit, last.rate, "", ""

@@ -108,6 +108,7 @@ def test_the_time_of_each_step_is_that_between_its_first_call_and_its_last(clock
     clock.after(1, meter.tell, HEADERS, 0, 2)
     clock.after(2, meter.tell, HEADERS, 2, 2)
     clock.after(4, meter.idle, "other work")
+    assert meter.text() == "Working, 0 s"
     for epoch in (1, 2):
         training = Activity(f"training, epoch {epoch} of 2", "images", step="training")
         clock.after(8, meter.tell, training, 0, 10)
