@@ -159,6 +159,8 @@ def config() -> tuple[Path | None, Mapping[str, Any]]:
         return None, {}
     for path in (folder / name for folder in (here, *here.parents) for name in ("ckpt.toml", "pyproject.toml")):
         try:
+            if not path.is_file():  # a pipe would be waited for
+                continue
             content = path.read_bytes()
         except OSError:
             continue
@@ -180,8 +182,10 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
         import tomli as tomllib
     try:
         return tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also a number with more digits than Python reads
         raise UsageError(f"{path}: not TOML: {error}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: nested too deeply.") from error
 
 
 def as_typed(name: str, default: Default, *, flag: bool, many: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -158,11 +159,19 @@ def test_what_is_not_on_the_command_line_is_said() -> None:
         ("mode = 'best'", "(--mode is from ckpt.toml.)"),
         ("threads = 1000", "(--threads is from ckpt.toml.)"),
         ("threads = ", "ckpt.toml: not TOML: "),
+        (f"threads = {'9' * 5000}", "ckpt.toml: not TOML: "),
+        (f"threads = {'[' * 5000}", "ckpt.toml: nested too deeply."),
     ],
 )
 def test_a_wrong_key_or_value_is_an_error_that_names_the_file(text: str, message: str) -> None:
     Path("ckpt.toml").write_text(text)
     assert message in refused(Path(), "avg", "c-1.pth", "c-2.pth", code=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_of_the_name_is_no_file_with_defaults() -> None:
+    os.mkfifo("ckpt.toml")
+    assert mode()[0] == "uniform"
 
 
 def test_a_table_of_ours_that_is_none_is_an_error() -> None:
