@@ -564,7 +564,7 @@ def clean(
         What was found, and what became of it.
 
     Raises:
-        CkptError: there is no such folder, or it cannot be read.
+        CkptError: the path is empty, there is no such folder, or it cannot be read.
     """
     ...
 

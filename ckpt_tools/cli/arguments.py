@@ -316,10 +316,12 @@ def averaged(checkpoint: str | None) -> Path:
 
     Raises:
         UsageError: neither is there.
+        SeriesError: the argument is empty.
     """
-    from ..series.paths import as_path, default_input
+    from ..series.paths import as_path, default_input, refuse_empty
 
     if checkpoint is not None:
+        refuse_empty(checkpoint)
         return as_path(checkpoint)
     return default_input()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReadError, UsageError
+from ..series.paths import refuse_empty
 from ..storage.hidden import Hidden, allocated, held, hidden_in, remove
 from ..storage.kept_stage import Stage
 from .option_groups import takes
@@ -96,8 +97,9 @@ def clean(folder: str | Path, clearing: Clearing) -> CleanReport:
         What was found, and what became of it.
 
     Raises:
-        CkptError: there is no such folder, or it cannot be read.
+        CkptError: the path is empty, there is no such folder, or it cannot be read.
     """
+    refuse_empty(folder)
     place = Path(folder)
     if not place.is_dir():
         raise UsageError(f"{folder}: is not a folder. Give the folder that has the outputs.")

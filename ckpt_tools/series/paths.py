@@ -180,8 +180,9 @@ def one_checkpoint(given: str | Path) -> Path:
     """Find the checkpoint that a path names: the path itself, or the only checkpoint in a folder that is none.
 
     Raises:
-        SeriesError: the folder holds several, or a shard or rank of one.
+        SeriesError: the path is empty; or the folder holds several, or a shard or rank of one.
     """
+    refuse_empty(given)
     path = as_path(given)
     try:
         store = store_of(path)
@@ -207,6 +208,12 @@ def folder_of_index(path: Path) -> Path:
     return path.parent if path.name.endswith(INDEX_SUFFIXES) else path
 
 
+def refuse_empty(given: str | Path) -> None:
+    """Refuse a path without a name, which would be the current folder."""
+    if given == "":
+        raise SeriesError("an empty path. Is a variable of the shell unset?")
+
+
 def _refuse_url(given: str | Path, path: Path) -> None:
     """Refuse an object of a store that is not known, which as a path would be a file in a folder named ``s3:``."""
     scheme = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):", path.parts[0] if path.parts else "")
@@ -230,8 +237,7 @@ def _find(given: str | Path, empty: list[Path]) -> list[Path]:
     """
     if not isinstance(given, (str, os.PathLike)):
         raise UsageError(f"a path is text, not {given!r}.")
-    if given == "":
-        raise SeriesError("an empty path. Is a variable of the shell unset?")
+    refuse_empty(given)
     if given == "-":
         raise SeriesError("-: standard input is not read. Give a path; a file of this name is ./-")
     path = as_path(given)

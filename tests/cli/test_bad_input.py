@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_avg_rejects_a_path_without_a_checkpoint(path: str, message: str) -> Non
         Path("c-1.pth").rename("x")
         Path("c-2.pth").rename("y")
     assert refused(Path(), "avg", path).startswith(f"Error: {message}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("diff", "", "c-1.pth"), ("convert", "", "-o", "x.pth"), ("fix-prefix", ""), ("card", ""), ("clean", "")],
+    ids=lambda words: words[0],
+)
+def test_an_empty_path_is_not_the_current_folder(words: Sequence[str]) -> None:
+    assert "an empty path. Is a variable of the shell unset?" in refused(Path(), *words)
 
 
 @pytest.mark.parametrize(
