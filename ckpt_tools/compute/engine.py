@@ -136,7 +136,7 @@ def run(
         follower: of what is read of them.
         drop_cache: let the system drop the pages of results that are on the disk.
         complete: called when all tensors are written; returns plans of which the bytes around them are written instead.
-        on_progress: called in this thread, a few times a second, with the bytes read and written so far.
+        on_progress: called in this thread, first with 0, then a few times a second, with the bytes read and written.
 
     Raises:
         UsageError: `gpu_memory` is too little.
@@ -186,6 +186,8 @@ def run(
             if share is not None:
                 share.done(*job.noted())
 
+        if on_progress is not None:
+            on_progress(0)
         with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),

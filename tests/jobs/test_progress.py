@@ -150,6 +150,14 @@ LABELLED = f"{small_network.__file__}:labelled"
             {"loading torch", "comparing"},
         ),
         (
+            lambda paths, show: ckpt_tools.average(paths, out="o.pth", part="2/3", on_progress=show),
+            {"reading headers", "averaging"},
+        ),
+        (
+            lambda paths, show: ckpt_tools.average(paths, out="o.pth", resume=True, on_progress=show),
+            {"reading headers", "averaging", "syncing to disk"},
+        ),
+        (
             lambda paths, show: ckpt_tools.average(
                 paths, out="o.pth", hash=True, write_checksums=True, on_progress=show
             ),
@@ -164,7 +172,19 @@ LABELLED = f"{small_network.__file__}:labelled"
             {"reading headers", "evaluating"},
         ),
     ],
-    ids=["look", "verify", "stock", "recal_bn", "recalibrate", "part", "hashes", "sign_off", "command"],
+    ids=[
+        "look",
+        "verify",
+        "stock",
+        "recal_bn",
+        "recalibrate",
+        "diff_part",
+        "part",
+        "resume",
+        "hashes",
+        "sign_off",
+        "command",
+    ],
 )
 def test_each_kind_of_work_is_told_up_to_its_end(job: Callable[..., Any], told: set[str]) -> None:
     paths = [Path(f"{i}.pth") for i in range(3)]
