@@ -82,7 +82,9 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         CkptError: one of the errors of `ckpt_tools.errors`; the checkpoint is as it was then.
     """
     for name, given in (("strip", prefixes.strip), ("add", prefixes.add)):
-        if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
+        if isinstance(given, str):
+            raise UsageError(f"`{name}` takes a list of prefixes, such as ['model.'], not {given!r}.")
+        if not all(isinstance(prefix, str) and prefix for prefix in given):
             raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
     source = one_checkpoint(path)
     header = read_header(source)

@@ -368,7 +368,7 @@ def test_fix_prefix_adds_no_prefix_to_a_tensor_beside_the_weights(save: Save) ->
         ({"strip": ["module"]}, UsageError, r"would be '\.a\.w', which is no name\. Prefixes end in a dot"),
         ({"strip": ["module.a.", "module.b."]}, AlignmentError, r"'module\.a\.w' and 'module\.b\.w' would both be 'w'"),
         ({"strip": [""]}, UsageError, "`strip` takes prefixes such as 'model.'"),
-        ({"add": "model."}, UsageError, "`add` takes prefixes such as 'model.'"),
+        ({"add": "model."}, UsageError, r"`add` takes a list of prefixes, such as \['model\.'\], not 'model\.'"),
     ],
 )  # fmt: skip
 def test_fix_prefix_rejects_prefixes_that_do_not_fit(
