@@ -94,7 +94,12 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def _options(command: Any) -> dict[str, Any]:
-    return {param.name: param for param in command.params if isinstance(param, _Option)}
+    return {_name(param): param for param in command.params if isinstance(param, _Option)}
+
+
+def _name(param: Any) -> str:
+    """Return the name of a parameter without the _ that tells it from a name of Python, such as `all`."""
+    return str(param.name).rstrip("_")
 
 
 def show_defaults(asked: bool) -> None:
@@ -233,7 +238,7 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
             default = defaults.in_use.get(param.name)
             origin = "the command line" if given else "default" if default is None else default.origin
             said = shown(value) if isinstance(value, str) else value
-            console.show(f"{param.name.replace('_', '-')} = {json.dumps(said)}  # {origin}")
+            console.show(f"{_name(param).replace('_', '-')} = {json.dumps(said)}  # {origin}")
         raise typer.Exit
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

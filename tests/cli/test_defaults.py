@@ -159,6 +159,7 @@ def test_what_is_not_on_the_command_line_is_said() -> None:
         ("mode = 'best'", "(--mode is from ckpt.toml.)"),
         ("threads = 1000", "(--threads is from ckpt.toml.)"),
         ("threads = ", "ckpt.toml: not TOML: "),
+        ("all = true", "ckpt.toml: 'all' belongs to one run, and has no default."),
         (f"threads = {'9' * 5000}", "ckpt.toml: not TOML: "),
         (f"threads = {'[' * 5000}", "ckpt.toml: nested too deeply."),
     ],
@@ -194,6 +195,7 @@ def test_flags_and_lists_are_read() -> None:
 def test_show_config_tells_where_each_value_is_from() -> None:
     Path("ckpt.toml").write_text("decay = 0.5\n[inspect]\nverbose = true\n")
     shown = run("avg", "--mode", "ema", "--show-config", CKPT_THREADS="2")
+    assert "all = false  # default" in shown.out
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
     for line in ('mode = "ema"  # the command line', "decay = 0.5  # ckpt.toml", "threads = 2  # CKPT_THREADS"):
