@@ -61,8 +61,8 @@ class Commands(_QuickHelp, typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return name, command and arguments of what is called; say what a word of another tool is called here."""
         word, *rest = args
-        if word == "version" and set(rest) <= {"-v", "--verbose"}:
-            common.show_version(verbose=bool(rest) or ctx.params["verbose"])
+        if word == "version" and set(rest) <= {"-v", "--verbose", "-q", "--quiet"}:
+            common.show_version(verbose=ctx.params["verbose"] or not {"-v", "--verbose"}.isdisjoint(rest))
         if word == "help":
             word, *rest = [*rest[:1], "--help"]
         if word in ("--help", "help"):

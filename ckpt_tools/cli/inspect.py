@@ -122,7 +122,8 @@ def _show(d: InspectReport) -> None:
         layout = "" if alone else f" (layout {weights.layout})"
         console.show(
             f"  {label}: {console.plural(len(weights.tensors), 'tensor')}, "
-            f"{console.count(weights.elements)} values, {console.size(weights.nbytes)}{layout}"
+            f"{console.count(weights.elements)} value{'s' * (weights.elements != 1)}, "
+            f"{console.size(weights.nbytes)}{layout}"
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():

@@ -103,6 +103,11 @@ class Meter:
         return last.counted and not last.ended
 
     @property
+    def unit(self) -> str:
+        """What the job counts; empty if nothing."""
+        return self._last.activity.unit if self.counts else ""
+
+    @property
     def name(self) -> str:
         """What the job is doing."""
         if not self._last.ended:

@@ -141,7 +141,8 @@ def _results(line: progress.Shown) -> Iterator[Callable[[Result, int, int], None
         from rich.text import Text
 
         lines = _results_table(found).lines(console.columns(), sys.stderr)
-        return Text.from_ansi("\n".join([*lines, scored, line.meter.text(console.columns() - 1)]))
+        more = [] if line.meter.unit == "candidates" else [line.meter.text(console.columns() - 1)]
+        return Text.from_ansi("\n".join([*lines, scored, *more]))  # `scored` counts the candidates
 
     with ExitStack() as stack:
 

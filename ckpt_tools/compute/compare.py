@@ -334,6 +334,8 @@ class _Worker:
         largest = gap.max().item()
         found = exactly(gap.dot(gap).item(), a.dot(a).item(), b.dot(b).item(), a.dot(b).item())
         differing = beyond = int(gap.count_nonzero())
+        if differing and found is not None and not found[0]:
+            found = None  # the squares of the differences are below the range of float64
         b.abs_()
         if differing and (self._rtol or self._atol):
             beyond = int((gap > (b * self._rtol).add_(self._atol)).count_nonzero())

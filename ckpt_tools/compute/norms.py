@@ -13,7 +13,7 @@ _UNITS = 1 << 1074
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Two vectors of finite floating-point values; squares below 2^-1074 count as 0.
+    """Two vectors of finite floating-point values.
 
     Attributes:
         a, b: the Euclidean norms of both.
@@ -30,7 +30,7 @@ class Norms:
 
     @classmethod
     def of(cls, products: InnerProducts | None) -> Norms | None:
-        """Return the norms; None for products that are not known, or beyond the range of float64."""
+        """Return the norms; None for products that are not known, or outside of the range of float64."""
         if products is None:
             return None
         try:

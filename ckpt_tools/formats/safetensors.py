@@ -211,8 +211,7 @@ def _split(path: Path, raw: bytes) -> tuple[dict[str, str], str]:
             raise ValueError("no entry follows its __metadata__")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
-    _check_metadata(path, metadata)
-    return metadata, rest
+    return _metadata(path, metadata), rest
 
 
 def _parse(path: Path, text: str, metadata: Mapping[str, str], data: Storage) -> _Parsed:
@@ -221,8 +220,7 @@ def _parse(path: Path, text: str, metadata: Mapping[str, str], data: Storage) ->
     entries = _entries(path, "{" + text.removeprefix(",") if split else text)
     if split and _METADATA in entries:
         raise CorruptError(f"{path}: its header has two entries named {_METADATA}. The file is damaged.")
-    inside = entries.pop(_METADATA, {})
-    _check_metadata(path, inside)
+    inside = _metadata(path, entries.pop(_METADATA, None))
     tensors, nbytes = _tensors(path, entries, data)
     for alias, kept in (inside or metadata).items():
         if alias not in tensors and kept in entries and _is_tie(alias, kept):
@@ -230,9 +228,13 @@ def _parse(path: Path, text: str, metadata: Mapping[str, str], data: Storage) ->
     return _Parsed(tensors, (path,), data.offset, nbytes, inside)
 
 
-def _check_metadata(path: Path, metadata: object) -> None:
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
+    """Return the metadata that JSON has; null stands for none, as for the safetensors library."""
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
+    return metadata
 
 
 def _offsets(path: Path, text: str, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

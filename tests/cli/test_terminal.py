@@ -92,6 +92,7 @@ def test_version_says_on_request_what_ckpt_runs_on() -> None:
     assert {f"torch {torch.__version__.partition('+')[0]}", f"CPython {platform.python_version()}"} <= {*rest}
     assert f"C extension {'no' if native._native is None else 'yes'}" in rest
     assert run("-v", "version") == asked
+    assert run("version", "-q") == run("--version")
 
 
 def test_help_writes_values_as_words(tmp_path: Path) -> None:

@@ -213,6 +213,15 @@ def test_read_header_rejects_a_safetensors_file_cut_anywhere(tmp_path: Path) -> 
     assert raw_bytes(open_checkpoint(cut)["w"]) == raw_bytes(tensors["w"])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_metadata_of_null_are_none_as_for_the_library(first: bool, tmp_path: Path) -> None:
+    entries = {"__metadata__": None, "w": entry()} if first else {"w": entry(), "__metadata__": None}
+    path = safetensors_file(tmp_path / "a.safetensors", entries, struct.pack("<2f", 1, 2))
+    expected = safetensors.torch.load_file(path)["w"]
+    assert same(open_checkpoint(path)["w"], expected)
+    assert read_header(path).metadata == {}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null", '"x"', "\\ud800", "[" * 100_000])
 def test_read_header_ignores_provenance_that_is_no_object(text: str, tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "a.safetensors", {"__metadata__": {"ckpt_tools": text}, "w": entry()}, b"\0" * 8)

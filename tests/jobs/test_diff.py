@@ -89,6 +89,8 @@ def test_vectors_without_a_length_or_beyond_float64_have_no_angle(save: Save) ->
     )
     assert two.norms is None
     assert [each.norms and (each.norms.a, each.norms.cosine) for each in two.tensors] == [None, (1.2e154, 1.0)]
+    tiny = torch.full((3,), 1e-170, dtype=torch.float64)  # whose squares are less than the smallest float64
+    assert ckpt_tools.diff(save("a.pth", {"w": tiny}), save("b.pth", {"w": 2 * tiny})).norms is None
     counters = ckpt_tools.diff(save("a.pth", {"n": torch.arange(3)}), save("b.pth", {"n": torch.arange(3) + 1}))
     assert counters.norms is None
 

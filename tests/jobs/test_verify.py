@@ -220,8 +220,8 @@ def test_all_that_a_list_has_of_a_folder_is_compared(tmp_path: Path) -> None:
     assert "'config.json'" in detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256")
 
 
-@pytest.mark.parametrize("sample", ["0%", "101%", "1", "", "-1%", "nan%"])
-def test_a_sample_is_a_part(sample: str, safetensors: Path) -> None:
+@pytest.mark.parametrize("sample", ["0%", "101%", "1", "", "-1%", "nan%", 1])
+def test_a_sample_is_a_part(sample: Any, safetensors: Path) -> None:
     with pytest.raises(UsageError, match="sample"):
         verify(safetensors, sample=sample)
 

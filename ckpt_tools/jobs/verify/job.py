@@ -102,7 +102,7 @@ def _checks(header: Header, asked: Verification, running: Reading, share: float,
     yield from origin(header, asked, running, share, seed)
 
 
-def _share(sample: str | None) -> float:
+def _share(sample: object) -> float:
     """Read a share such as 1%.
 
     Raises:
@@ -110,7 +110,7 @@ def _share(sample: str | None) -> float:
     """
     if sample is None:
         return 1.0
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*%", sample)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*%", str(sample))
     if match is None or not 0 < float(match[1]) <= 100:
         raise UsageError(f"`sample={sample!r}`: a part of the output, more than 0% and at most 100%, such as 1%.")
     return float(match[1]) / 100
