@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -27,8 +28,8 @@ MAX_RSS_BESIDE_TORCH = 0.15e9
 def ckpt(*arguments: str, folder: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([CKPT, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     sys.stderr.write(done.stderr)
-    if done.returncode or "Warning" in done.stderr:
-        raise SystemExit(f"ckpt {' '.join(arguments)}: exit {done.returncode}, or a warning")
+    if done.returncode or re.search(r"\w+Warning\b", done.stderr):  # such as DeprecationWarning; ours is "Warning: ..."
+        raise SystemExit(f"ckpt {' '.join(arguments)}: exit {done.returncode}, or a warning of Python")
     return done
 
 
