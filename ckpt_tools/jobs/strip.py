@@ -21,8 +21,8 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_objects import Inert
 from ..formats.tree import put, tensors_in
-from ..series.paths import one_checkpoint, training_state_beside
-from ..storage.source import stamp_at
+from ..series.paths import as_path, one_checkpoint, training_state_beside
+from ..storage.source import LOCAL, stamp_at, store_of
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .asked import asked_of
 from .assembly import Assembly, nested
@@ -138,6 +138,9 @@ def check_together(
         if not Target.of(out).folder:
             raise UsageError(f"`out={out!r}`: {len(paths)} checkpoints go into a folder, such as `out='stripped/'`.")
         out = f"{out.rstrip('/')}/"
+        folder = as_path(out)
+        if store_of(folder) is LOCAL and not folder.exists() and not running.dry_run:
+            raise WriteError(f"`out`: there is no folder {folder}. Make it first: mkdir -p {folder}")
     stripped_ones: set[Path] = set()  # what an earlier run has stripped is an input again, with nothing to lose
     targets: Counter[Path] = Counter()
     faults: list[CkptError] = []

@@ -147,6 +147,8 @@ def test_strip_of_many_writes_into_a_folder(series: list[str]) -> None:
         assert run("strip", "run", "-o", out, "--force").code == 0
         assert {path.name for path in Path("small").iterdir()} == {f"{Path(path).stem}-stripped.pth" for path in series}
     assert "12 checkpoints go into a folder" in refused(Path(), "strip", "run", "-o", "a.pth", code=2)
+    said = refused(Path(), "strip", "run", "-o", "new/")
+    assert said == "Error: -o: there is no folder new. Make it first: mkdir -p new"
 
 
 def test_strip_of_many_writes_none_if_one_cannot_be_stripped(series: list[str]) -> None:

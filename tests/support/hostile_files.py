@@ -49,6 +49,7 @@ def make_good(folder: Path) -> Path:
     torch.save({"state_dict": OrderedDict(weights), "args": args, **values}, good / "good.pth")
     torch.save(weights, good / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file(weights, good / "good.safetensors")
+    torch.save({"one": weights, "other": weights}, good / "unknown.pth")  # refused with a line to type
     (good / "none.pth").write_bytes(b"nothing")
     (folder / "victim.py").write_text(_VICTIM)
     return good
