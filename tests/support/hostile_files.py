@@ -46,6 +46,7 @@ def make_good(folder: Path) -> Path:
     args = argparse.Namespace(model="resnet", lr=0.1)
     values: dict[str, Any] = {"size": torch.Size([2]), "dtype": torch.float16, "device": torch.device("cpu")}
     values |= {"set": {1}, "object": Path("a"), "epoch": 3}
+    values["optimizer"] = {"state": {0: {"momentum_buffer": torch.ones(4)}}, "param_groups": [{"params": [0]}]}
     torch.save({"state_dict": OrderedDict(weights), "args": args, **values}, good / "good.pth")
     torch.save(weights, good / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file(weights, good / "good.safetensors")
