@@ -107,7 +107,8 @@ def test_average_moves_each_byte_once_in_few_calls_and_without_torch(series: lis
     assert output * 0.99 < found.written < output * 1.01
     assert found.reads < 1600  # 1,024 blocks of large tensors; the 2,400 small ones are gathered
     assert found.writes < 80  # 34 windows of large tensors, and runs of small ones
-    assert found.memory < 7e6
+    # 6.1 to 7.7 MB, by what the threads hold at the same time; a tensor held whole takes 4.2 MB more.
+    assert found.memory < 9e6
     assert found.announced == pytest.approx(found.peak, rel=0.2)
     assert not found.torch
 
