@@ -173,11 +173,12 @@ def candidates(
         fixed: options of `Choice` that are the same for all candidates with ``best``.
 
     Raises:
-        UsageError: an option that no mode takes, or too many combinations.
+        UsageError: an option that no mode takes, a value that is wrong in every combination, or too many combinations.
         CkptError: why the first combination cannot be made, if none can.
     """
     found: dict[Any, Candidate] = {}
     refused: dict[str, CkptError] = {}
+    outcomes: dict[str, list[CkptError | None]] = {}  # of each value
     noted: dict[str, list[str]] = {}  # note to labels
     varying = {name for given in (rules, selections) for name, each in given.items() if len(each) > 1}
     # Before they are listed; options of a mode are combined among themselves.
@@ -190,14 +191,21 @@ def candidates(
     for picked, (mode, of_rule) in itertools.product(chosen, combinations):
         options = {**picked, "mode": mode, **of_rule}
         label = " ".join(f"{name}={value}" for name, value in options.items() if name in varying) or mode
+        error: CkptError | None = None
         try:
             candidate, notes = combination(label, mode, of_rule, picked, members, numbers_of, **fixed)
-        except CkptError as error:
-            refused[label] = error
-            continue
-        for note in notes:
-            noted.setdefault(note, []).append(label)
-        _add(found, candidate)
+        except CkptError as caught:
+            refused[label] = error = caught
+        else:
+            for note in notes:
+                noted.setdefault(note, []).append(label)
+            _add(found, candidate)
+        for name, value in options.items():
+            outcomes.setdefault(f"{name}={value!r}", []).append(error)
+    for each in outcomes.values():
+        wrong = [error for error in each if isinstance(error, UsageError)]
+        if len(wrong) == len(each):  # a typing error, not what the series lacks
+            raise wrong[0]
     if not found and refused:
         raise next(iter(refused.values()))
     taken = {each.label for each in found.values()}

@@ -124,6 +124,28 @@ def test_if_none_can_be_made_the_first_reason_is_the_error() -> None:
 @pytest.mark.parametrize(
     ("rules", "selections", "says"),
     [
+        ({}, {"last": [3, "x"]}, "`last='x'` is not a whole number"),
+        ({}, {"last": [0, 3]}, "`last=0`: must be 1 or more"),
+        ({"mode": ["uniform", "ema"], "decay": [0.9, 1.5]}, {"last": [3, 5]}, "decay of 1.5 is outside"),
+        ({"half_life": [2, "x"]}, {}, "`half_life='x'` is not a length of training"),
+        ({}, {"from_step": [1000, 9000], "to_step": [7000]}, "`from_step=9000` is after `to_step=7000`"),
+    ],
+)
+def test_a_value_that_is_wrong_in_every_combination_is_an_error(
+    rules: dict[str, Any], selections: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        made(rules, selections)
+
+
+def test_two_values_that_do_not_go_together_are_left_out_where_they_meet() -> None:
+    found = candidates(MEMBERS, NAMES, {}, {"from_step": [1000, 3000], "to_step": [2000, 7000]}, steps)
+    assert [*found.refused] == ["from_step=3000 to_step=2000"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "selections", "says"),
+    [
         ({"mode": ["uniform"], "decay": [0.5]}, {}, "`decay` goes with `mode='ema'`"),
         ({"decay": [0.5 + i / 1000 for i in range(300)]}, {"last": [1, 2, 3, 4]}, "1200 combinations"),
         ({"mode": ["median"]}, {}, "`mode` is one of"),
