@@ -115,6 +115,11 @@ def _run() -> None:
         if str(error) != "can't start new thread":
             raise
         _fail("OSError", f"the system allows no more threads (ulimit -u, or ulimit -v); {_left()}.", 1)
+    except ImportError as error:
+        if "shared object" not in str(error):
+            raise
+        why = "memory is limited (ulimit -v), or the installation is not complete"
+        _fail("OSError", f"a library cannot be loaded: {error}. Either {why}; {_left()}.", 1)
     finally:
         console.let_end()
         gc.set_threshold(*thresholds)

@@ -147,6 +147,11 @@ def test_an_error_after_the_output_is_in_place_says_so(here: Path, save: Save, m
             RuntimeError("can't start new thread"),
             "Error: the system allows no more threads (ulimit -u, or ulimit -v); nothing was written.",
         ),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            "Error: a library cannot be loaded: libtorch_cpu.so: failed to map segment from shared object. Either "
+            "memory is limited (ulimit -v), or the installation is not complete; nothing was written.",
+        ),
         (OSError(errno.EIO, os.strerror(errno.EIO)), "Error: Input/output error; nothing was written."),
     ],
 )
