@@ -269,8 +269,9 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("it has a duplicate name")
-    if not all(map(str.isascii, entries)):
-        "".join(entries).encode()  # raises for a lone surrogate, which a JSON escape can produce
+    texts = [*entries, *(value for value in entries.values() if type(value) is str)]
+    if not all(map(str.isascii, texts)):
+        "".join(texts).encode()  # raises for a lone surrogate, which a JSON escape can produce
     return entries
 
 
@@ -368,17 +369,10 @@ class _Named:
                     f"{path}: a tied tensor would have the name of another entry of {_METADATA}. Rename it first."
                 )
             renamed[_METADATA] = aliases
-        header = _padded(_json(renamed), length)
+        header = _padded(json.dumps(renamed, separators=(",", ":"), ensure_ascii=False).encode(), length)
         if len(header) > MAX_HEADER:
             raise UnsupportedError(f"{path}: its header would be over the limit of {MAX_HEADER} bytes.")
         return (Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes))),)
-
-
-def _json(entries: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a lone surrogate in __metadata__, which JSON can only escape
-        return json.dumps(entries, separators=(",", ":")).encode()
 
 
 def _padded(header: bytes, length: int) -> bytes:

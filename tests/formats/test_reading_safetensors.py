@@ -152,6 +152,13 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "metadata as text": ({"__metadata__": "a"}, b"", "__metadata__ is not a map of text to text"),
     "names twice": (b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), b"\0" * 8, "it has a duplicate name"),
     "half a character": (b'{"\\ud800":%b}' % json.dumps(entry()).encode(), b"\0" * 8, "not valid JSON"),
+    "half a character in the metadata": (b'{"__metadata__":{"a":"\\ud800"}}', b"", "not valid JSON"),
+    "half a character in a name of late metadata": (
+        b'{"a":%b,"__metadata__":{"\\ud800":""}}' % json.dumps(entry()).encode(), b"\0" * 8, "not valid JSON"
+    ),
+    "half a character in late metadata": (
+        b'{"a":%b,"__metadata__":{"a":"\\ud800"}}' % json.dumps(entry()).encode(), b"\0" * 8, "not valid JSON"
+    ),
     "bad UTF-8": (b'{"\xff":%b}' % json.dumps(entry()).encode(), b"\0" * 8, "not valid JSON"),
     "UTF-16": (json.dumps({"a": entry()}).encode("utf-16-le"), b"\0" * 8, "not valid JSON"),
     "bad JSON": (b"{'a': 1}", b"", "not valid JSON"),
