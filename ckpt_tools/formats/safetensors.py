@@ -258,7 +258,7 @@ def _entries(path: Path, text: str) -> dict[str, Any]:
             raise CorruptError(f"{path}: its header is not a JSON object. The file is damaged.")
         # Each (name, value) has a colon, so the counts differ if one pair has replaced another.
         pairs = len(entries) + sum([len(entry) for entry in entries.values() if type(entry) is dict])
-        if text.count(":") != pairs or "\\u" in text or not text.isascii():
+        if text.count(":") != pairs or "\\u" in text or "-0" in text or not text.isascii():
             entries = _STRICT.decode(text)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
@@ -275,7 +275,13 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-_STRICT = JSONDecoder(object_pairs_hook=_checked)
+def _integer(digits: str) -> int:
+    if digits == "-0":  # the safetensors library takes it for a fraction
+        raise ValueError("it has a whole number -0")
+    return int(digits)
+
+
+_STRICT = JSONDecoder(object_pairs_hook=_checked, parse_int=_integer)
 
 
 def _is_tie(alias: str, kept: str) -> bool:

@@ -140,6 +140,7 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "texts as sizes": ({"a": entry(shape=(10**12, "ab"))}, b"\0" * 8, "impossible numbers"),
     "null as a size": ({"a": entry(shape=(None,))}, b"\0" * 8, "impossible numbers"),
     "list as a size": ({"a": entry(shape=([2],))}, b"\0" * 8, "impossible numbers"),
+    "-0 as an offset": (json.dumps({"a": entry()}).encode().replace(b"[0,", b"[-0,"), b"\0" * 8, "not valid JSON"),
     "number as a shape": ({"a": entry(shape=2)}, b"\0" * 8, "impossible numbers"),
     "text as a shape": ({"a": entry(shape="2")}, b"\0" * 8, "impossible numbers"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8, "the entry of 'a' is incomplete"),
