@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
-import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,9 +120,6 @@ def nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
     return Storage(Path(key), 0, sys.maxsize)
 
 
-_Base: Any = pickle._Unpickler  # in Python, with one function per opcode
-
-
 def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False) -> Callable[[Any], None]:
     def load(tracer: _Tracer) -> None:
         start = tracer.pickled.tell() - 1
@@ -140,7 +136,7 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
     return load
 
 
-class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
+class _Tracer(unpickle.ByOpcode):
     def __init__(self, pickled: io.BytesIO) -> None:
         super().__init__(pickled, nowhere)
         self.pickled = pickled
@@ -155,48 +151,39 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.read(8)
         self.frames.append((start, self.pickled.tell()))
 
-    def load_bytearray8(self) -> None:
-        # The base class allocates the claimed length before it reads.
-        (length,) = struct.unpack("<Q", self.read(8))
-        raw = self.read(length)
-        if len(raw) < length:
-            raise pickle.UnpicklingError("pickle data was truncated")
-        self.append(bytearray(raw))
-
     def load_stack_global(self) -> None:
         # The base class accepts no subclass of str.
         self.stack[-2:] = [str(name) if isinstance(name, TracedText) else name for name in self.stack[-2:]]
-        _Base.load_stack_global(self)
+        super().load_stack_global()
 
     def load_setitem(self) -> None:
         mapping, key, _ = self.stack[-3:]
         self._note_keys(mapping, [key])
-        _Base.load_setitem(self)
+        super().load_setitem()
 
     def load_setitems(self) -> None:
         self._note_keys(self.metastack[-1][-1], self.stack[::2])
-        _Base.load_setitems(self)
+        super().load_setitems()
 
     def _note_keys(self, mapping: Any, keys: list[Any]) -> None:
         self.keys.setdefault(id(mapping), (mapping, []))[1].extend(keys)
 
     dispatch = {
-        **_Base.dispatch,
+        **unpickle.ByOpcode.dispatch,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.FRAME[0]: load_frame,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.STACK_GLOBAL[0]: load_stack_global,
         **{
-            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True)
+            opcode[0]: _noting(unpickle.ByOpcode.dispatch[opcode[0]], literal=True)
             for opcode in (pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8)
         },
         **{
-            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True, narrow=True)
+            opcode[0]: _noting(unpickle.ByOpcode.dispatch[opcode[0]], literal=True, narrow=True)
             for opcode in (pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING)
         },
         **{
-            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=False)
+            opcode[0]: _noting(unpickle.ByOpcode.dispatch[opcode[0]], literal=False)
             for opcode in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET)
         },
     }

@@ -7,6 +7,7 @@ data types (`pickle_objects`); any other global becomes a subclass of `Inert`. N
 from __future__ import annotations
 
 import argparse
+import codecs
 import copyreg
 import io
 import pickle
@@ -94,31 +95,11 @@ class _Unpickler(Restricted, pickle.Unpickler):
     pass
 
 
-_Base: Any = pickle._Unpickler  # in Python, with one function per opcode
+_Base: Any = pickle._Unpickler
 
 
-class _Comparing(Restricted, _Base):  # type: ignore[misc]
-    """Reads a pickle of very many tuples as keys, and refuses those of one hash; it takes ten times as long."""
-
-    def load_setitem(self) -> None:
-        self._compare(self.stack[-2:-1])
-        _Base.load_setitem(self)
-
-    def load_setitems(self) -> None:
-        self._compare(self.stack[::2])
-        _Base.load_setitems(self)
-
-    def load_dict(self) -> None:
-        self._compare(self.stack[::2])
-        _Base.load_dict(self)
-
-    def load_additems(self) -> None:
-        self._compare(self.stack)
-        _Base.load_additems(self)
-
-    def load_frozenset(self) -> None:
-        self._compare(self.stack)
-        _Base.load_frozenset(self)
+class ByOpcode(Restricted, _Base):  # type: ignore[misc]
+    """The restricted unpickler in Python, with one function per opcode; it takes ten times as long."""
 
     def load_bytearray8(self) -> None:
         # The base class allocates the claimed length before it reads.
@@ -127,19 +108,48 @@ class _Comparing(Restricted, _Base):  # type: ignore[misc]
             raise pickle.UnpicklingError("pickle data was truncated")
         self.append(bytearray(raw))
 
+    def load_unicode(self) -> None:
+        # The base class looks the codec up by its name, which imports a module.
+        self.append(codecs.raw_unicode_escape_decode(self.readline()[:-1])[0])
+
+    dispatch = {**_Base.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8, pickle.UNICODE[0]: load_unicode}
+
+
+class _Comparing(ByOpcode):
+    """Reads a pickle of very many tuples as keys, and refuses those of one hash."""
+
+    def load_setitem(self) -> None:
+        self._compare(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._compare(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._compare(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self) -> None:
+        self._compare(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        self._compare(self.stack)
+        super().load_frozenset()
+
     def _compare(self, keys: Sequence[Any]) -> None:
         for key in keys:
             if isinstance(key, (tuple, frozenset)):
                 distinct(key)
 
     dispatch = {
-        **_Base.dispatch,
+        **ByOpcode.dispatch,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,
         pickle.ADDITEMS[0]: load_additems,
         pickle.FROZENSET[0]: load_frozenset,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
     }
 
 

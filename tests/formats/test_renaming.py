@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import struct
 import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -69,6 +70,16 @@ def test_rewritten_changes_only_the_opcodes_of_names() -> None:
             "state": {"w": 1, "b": (2.5, None)},
             "same": ["module.w", b"raw", 1 << 70],
         }
+
+
+def test_trace_reads_a_text_of_protocol_0_and_imports_no_module_for_it() -> None:
+    pickled = b"\x80\2}Vcaf\\u00e9\\u202e\nV\xe9\ns."
+    code = (
+        "import sys; from ckpt_tools.formats.pickle_edit import trace; before = {*sys.modules}; "
+        f"print(ascii(trace({pickled!r}, where='test').tree), {{*sys.modules}} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{ascii(pickle.loads(pickled))} set()"  # noqa: S301 - of this test
 
 
 def test_spell_reads_bytearrays() -> None:

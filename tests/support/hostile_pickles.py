@@ -241,6 +241,7 @@ KEYS_READ = {
     "a class as a key": global_("a.b"),
     "an unknown object as a key": called("a.b", b"K\1"),
     "half of a surrogate pair as a key": text("a\ud800"),
+    "a text of protocol 0 as a key": b"Vw\\u202e\n",
     "an empty text as a key": text(""),
     "a text that turns the line around as a key": text("exe.\u202egnp.\u2067"),
     "a text that clears the screen as a key": text("\x1b[2J\x1b]0;title\x07\x9b1m"),
