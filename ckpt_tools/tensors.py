@@ -486,8 +486,8 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     # From 2**61 - 1 on, different integers have one hash.
     if len(shape) != len(stride) or min(numbers, default=0) < 0 or max(numbers, default=0) >= 1 << 60:
         return -1
-    if 0 in shape:
-        return 0
+    if 0 in shape:  # torch and safetensors multiply the sizes from the first on, and refuse too large products
+        return 0 if math.prod(shape[: shape.index(0)]) < 1 << 60 else -1
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 

@@ -206,6 +206,7 @@ def _split(path: Path, raw: bytes) -> tuple[dict[str, str], str]:
         text = raw.decode()
         if (first := _METADATA_FIRST.match(text)) is not None:
             metadata, at = _STRICT.raw_decode(text, first.end())
+            _check_portable(metadata)
         rest = text[at:].strip(_SPACE)
         if at and rest != "}" and (rest[:1] != "," or rest[1:].lstrip(_SPACE)[:1] == "}"):
             raise ValueError("no entry follows its __metadata__")
@@ -258,20 +259,24 @@ def _entries(path: Path, text: str) -> dict[str, Any]:
             raise CorruptError(f"{path}: its header is not a JSON object. The file is damaged.")
         # Each (name, value) has a colon, so the counts differ if one pair has replaced another.
         pairs = len(entries) + sum([len(entry) for entry in entries.values() if type(entry) is dict])
-        if text.count(":") != pairs or "\\u" in text or "-0" in text or not text.isascii():
+        if text.count(":") != pairs or "-0" in text:
             entries = _STRICT.decode(text)
+        if pairs != 4 * len(entries) or "\\u" in text:  # a key that is not known, or an escape
+            _check_portable(entries)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     return entries  # type: ignore[no-any-return]
+
+
+def _check_portable(entries: Any) -> None:
+    """Raise ValueError for what Python alone reads in JSON: NaN, infinity, and a lone surrogate as an escape."""
+    json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("it has a duplicate name")
-    texts = [*entries, *(value for value in entries.values() if type(value) is str)]
-    if not all(map(str.isascii, texts)):
-        "".join(texts).encode()  # raises for a lone surrogate, which a JSON escape can produce
     return entries
 
 

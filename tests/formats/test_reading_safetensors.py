@@ -141,6 +141,15 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "null as a size": ({"a": entry(shape=(None,))}, b"\0" * 8, "impossible numbers"),
     "list as a size": ({"a": entry(shape=([2],))}, b"\0" * 8, "impossible numbers"),
     "-0 as an offset": (json.dumps({"a": entry()}).encode().replace(b"[0,", b"[-0,"), b"\0" * 8, "not valid JSON"),
+    "sizes whose product is too large": (
+        {"a": entry(0, 0, shape=(1 << 32, 1 << 32, 0))}, b"", "a tensor claims shape"
+    ),
+    "NaN beside a shape": ({"a": entry() | {"x": float("nan")}}, b"\0" * 8, "not valid JSON"),
+    "infinity beside a shape": ({"a": entry() | {"x": [float("inf")]}}, b"\0" * 8, "not valid JSON"),
+    "too large a number beside a shape": (
+        json.dumps({"a": entry() | {"x": 7.5}}).encode().replace(b"7.5", b"1e999"), b"\0" * 8, "not valid JSON"
+    ),
+    "half a character beside a shape": ({"a": entry() | {"x": ["\ud800"]}}, b"\0" * 8, "not valid JSON"),
     "number as a shape": ({"a": entry(shape=2)}, b"\0" * 8, "impossible numbers"),
     "text as a shape": ({"a": entry(shape="2")}, b"\0" * 8, "impossible numbers"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8, "the entry of 'a' is incomplete"),
