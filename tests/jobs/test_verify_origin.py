@@ -200,6 +200,25 @@ def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:
     assert results(verify(shard))["checksums"] == "failed"
 
 
+@pytest.mark.parametrize("key", ["a", 0])
+def test_two_tensors_with_one_dotted_path_are_both_looked_at(key: str | int, tmp_path: Path) -> None:
+    good, other = torch.ones(3), torch.full((3,), torch.nan)
+    save_file({f"{key}.w": good}, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", out=tmp_path / "made.pth", write_checksums=True)
+    record = next(data for name, data in records_of(tmp_path / "made.pth").items() if name.endswith("ckpt_tools.json"))
+    for forged in ({f"{key}.w": other, key: {"w": good}}, {key: {"w": other}, f"{key}.w": good}):
+        torch.save(forged, tmp_path / "forged.pth")
+        zip_of(tmp_path / "forged.pth", records_of(tmp_path / "forged.pth") | {"forged/ckpt_tools.json": record})
+        report = verify(tmp_path / "forged.pth")
+        assert detail(report, "finite").startswith(f"'{key}.w' has 3 NaN")
+        assert detail(report, "checksums") == f"two tensors have the path '{key}.w'"
+        assert detail(report, "made again").startswith(f"two tensors have the path '{key}.w'")
+        assert {results(report)[name] for name in ("finite", "checksums", "made again")} == {"failed"}
+    torch.save({f"{key}.w": good, key: {"w": good}}, tmp_path / "tied.pth")  # one tensor: nothing is hidden
+    zip_of(tmp_path / "tied.pth", records_of(tmp_path / "tied.pth") | {"tied/ckpt_tools.json": record})
+    assert verify(tmp_path / "tied.pth").passed
+
+
 def test_an_average_that_was_updated_is_not_compared(tmp_path: Path) -> None:
     paths = series(tmp_path, 4)
     average(paths[:3], out=tmp_path / "averaged.pth")

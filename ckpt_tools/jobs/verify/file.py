@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,8 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
         return
     stored = stored_tensors(header)
     if recorded is not None and part_of(header):  # the record is that of the whole
-        recorded = {name: each for name, each in recorded.items() if name in stored}
-    specs = [*dict.fromkeys(each.tensor for each in stored.values() if isinstance(each.tensor, TensorSpec))]
+        recorded = {each.name: recorded[each.name] for each in stored if each.name in recorded}
+    specs = [*dict.fromkeys(each.tensor for each in stored if isinstance(each.tensor, TensorSpec))]
     try:
         found = dict(zip(specs, _digests(specs, header, running, hashed=recorded is not None), strict=True))
     except CkptError as error:
@@ -102,10 +102,10 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
         yield _recorded(recorded, stored, found)
 
 
-def _finite(stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest], *, allowed: bool) -> Check:
-    nonfinite = [(name, found[each.tensor]) for name, each in stored.items() if isinstance(each.tensor, TensorSpec)]
+def _finite(stored: Sequence[Stored], found: Mapping[TensorSpec, Digest], *, allowed: bool) -> Check:
+    nonfinite = [(each.name, found[each.tensor]) for each in stored if isinstance(each.tensor, TensorSpec)]
     nonfinite = [(name, each) for name, each in nonfinite if each.first is not None]
-    unread = {name: each.tensor.reason for name, each in stored.items() if isinstance(each.tensor, UnsupportedTensor)}
+    unread = [(each.name, each.tensor.reason) for each in stored if isinstance(each.tensor, UnsupportedTensor)]
     if nonfinite:
         name, first = nonfinite[0]
         counts = [f"{first.nans} NaN"] * bool(first.nans)
@@ -114,18 +114,16 @@ def _finite(stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest], *,
         said = f"'{name}' has {' and '.join(counts)}, the first at {[*(first.first or ())]}{more}"
         return Check("finite", OK if allowed else FAILED, f"{said}{' (allowed)' * allowed}")
     if unread:
-        name, reason = next(iter(unread.items()))
+        name, reason = unread[0]
         return Check("finite", NOT_CHECKED, f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
     return Check("finite", OK, f"every value of {_plural(len(stored), 'tensor')}")
 
 
-def _recorded(
-    recorded: Mapping[str, Checksum], stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest]
-) -> Check:
+def _recorded(recorded: Mapping[str, Checksum], stored: Sequence[Stored], found: Mapping[TensorSpec, Digest]) -> Check:
     pairing = paired(recorded, stored)
     fault = pairing.fault
     for name, old in pairing.names.items():
-        tensor, wanted = stored[name].tensor, recorded[old]
+        tensor, wanted = pairing.tensors[name], recorded[old]
         if isinstance(tensor, UnsupportedTensor):
             fault = fault or f"'{name}' is {tensor.reason}"
         elif (tensor.dtype.name, tensor.shape) != (wanted.dtype, wanted.shape):

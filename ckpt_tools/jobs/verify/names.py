@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -15,15 +15,16 @@ from ...tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: its key path and where it is."""
+    """A tensor in a file: its key path, the same with dots, and where it is."""
 
     path: tuple[Any, ...]
+    name: str
     tensor: Tensor
 
 
-def stored_tensors(header: Header) -> dict[str, Stored]:
-    """Return all tensors of a checkpoint by dotted path."""
-    return {dotted(path): Stored(path, tensor) for path, tensor in tensors_in(header.tree)}
+def stored_tensors(header: Header) -> list[Stored]:
+    """Return all tensors of a checkpoint, among which several may have one dotted path."""
+    return [Stored(path, dotted(path), tensor) for path, tensor in tensors_in(header.tree)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,16 @@ class Pairing:
     """Names in a file and the names that they should be.
 
     Attributes:
+        tensors: those in the file by name.
+        twice: names that several tensors have, of which a comparison by name would see one.
         names: from each name in the file that has a counterpart to that.
         lacking: names that the file should have.
         strange: names that it should not have.
         renamed: which prefix was added or removed, in words; empty if none was.
     """
 
+    tensors: Mapping[str, Tensor]
+    twice: tuple[str, ...]
     names: Mapping[str, str]
     lacking: tuple[str, ...]
     strange: tuple[str, ...]
@@ -44,7 +49,9 @@ class Pairing:
 
     @property
     def fault(self) -> str | None:
-        """A name that has no counterpart, in words; None if all have one."""
+        """A name that is no name of one tensor, or has no counterpart, in words; None if all are right."""
+        if self.twice:
+            return f"two tensors have the path '{self.twice[0]}'"
         if self.lacking:
             more = f" and {len(self.lacking) - 1} more" if self.lacking[1:] else ""
             return f"it lacks '{self.lacking[0]}'{more}"
@@ -54,8 +61,10 @@ class Pairing:
         return None
 
 
-def paired(wanted: Collection[str], stored: Mapping[str, Stored]) -> Pairing:
+def paired(wanted: Collection[str], stored: Sequence[Stored]) -> Pairing:
     """Pair names, where `fix-prefix` may have replaced one prefix of those of a dict, added or removed one."""
+    tensors: dict[str, Tensor] = {}
+    twice = tuple(each.name for each in stored if tensors.setdefault(each.name, each.tensor) != each.tensor)
     names: dict[str, str] = {}
     changes: list[str] = []
     for parent, keys in _by_parent(stored).items():
@@ -69,16 +78,18 @@ def paired(wanted: Collection[str], stored: Mapping[str, Stored]) -> Pairing:
         names |= {lead + key: name for key, name in old.items() if name in wanted}
     used = {*names.values()}
     return Pairing(
+        tensors,
+        twice,
         names,
         tuple(name for name in wanted if name not in used),
-        tuple(name for name in stored if name not in names),
+        tuple(name for name in tensors if name not in names),
         "; ".join(dict.fromkeys(changes)),
     )
 
 
-def _by_parent(stored: Mapping[str, Stored]) -> dict[tuple[Any, ...], list[str]]:
+def _by_parent(stored: Sequence[Stored]) -> dict[tuple[Any, ...], list[str]]:
     found: dict[tuple[Any, ...], list[str]] = {}
-    for each in stored.values():
+    for each in stored:
         found.setdefault(each.path[:-1], []).append(dotted(each.path[-1:]))
     return found
 

@@ -153,12 +153,11 @@ def _made_again(
         wanted = {name: tensor for name, tensor in assembly.tensors.items() if not left_out(name)}
     except UnsupportedError as error:
         return Check(_MADE, NOT_CHECKED, str(error))
-    stored = {name: each for name, each in stored_tensors(header).items() if not left_out(name)}
-    pairing = paired(wanted, stored)
+    pairing = paired(wanted, [each for each in stored_tensors(header) if not left_out(each.name)])
     pairs: dict[tuple[OutTensor, TensorSpec], str] = {}
     fault = pairing.fault
     for name, own in pairing.names.items():
-        tensor, again = stored[name].tensor, wanted[own]
+        tensor, again = pairing.tensors[name], wanted[own]
         if isinstance(tensor, UnsupportedTensor):
             fault = fault or f"'{name}' is {tensor.reason}"
         elif (tensor.dtype, tensor.shape) != (again.dtype, again.shape):
