@@ -34,13 +34,29 @@ class Found:
 
     Attributes:
         headers: of those that were found, in order.
+        guessed: paths of those of which only name and size are known to be right, and that nobody has named: found
+            somewhere below the current folder, where another model may have the same.
+        hashed: how many of them have the SHA-256 that is recorded.
         faults: of the others.
         unused: files that were given, and are none of them.
     """
 
     headers: tuple[Header, ...]
+    guessed: tuple[Path, ...]
+    hashed: int
     faults: tuple[Fault, ...]
     unused: frozenset[Path]
+
+    @property
+    def how(self) -> str:
+        """How the inputs were found, in words."""
+        by = "by name and size"
+        if self.hashed:
+            n = len(self.headers)
+            by = "by name, size and SHA-256" if self.hashed == n else f"{by} ({self.hashed} of {n} by SHA-256, too)"
+        folders = dict.fromkeys(_shown(header.path.parent) for header in self.headers)
+        more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
+        return f"{by} in {', '.join([*folders][:3])}{more}"
 
     @property
     def said(self) -> str:
@@ -70,15 +86,40 @@ def look_for(
     given = [place for path in paths for place in _expanded(path)]
     search = _Search(header, given)
     faults: list[Fault] = []
-    headers: list[Header] = []
+    found: list[_Hit] = []
     for i in inputs:
-        found = _one(search, i, faults, by_set=by_set, hashes=hashes, on_progress=on_progress)
-        if found is None:
+        hit = _one(search, i, faults, by_set=by_set, hashes=hashes, on_progress=on_progress)
+        if hit is None:
             continue
-        if not by_set and any(found.path == each.path for each in headers):
-            faults.append(Fault(f"{i.name} is not there: {found.path} is another input already"))
-        headers.append(found)
-    return Found(tuple(headers), tuple(faults), frozenset(given) - search.used)
+        if not by_set and any(hit.header.path == each.header.path for each in found):
+            faults.append(Fault(f"{i.name} is not there: {hit.header.path} is another input already"))
+        found.append(hit)
+    return Found(
+        headers=tuple(hit.header for hit in found),
+        guessed=tuple(dict.fromkeys(hit.header.path for hit in found if hit.anywhere and not hit.hashed)),
+        hashed=sum(hit.hashed for hit in found),
+        faults=tuple(faults),
+        unused=frozenset(given) - search.used,
+    )
+
+
+def _shown(folder: Path) -> str:
+    return "the current folder" if folder == Path() else str(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """An input that was found.
+
+    Attributes:
+        header: of the file.
+        anywhere: it was found somewhere below the current folder.
+        hashed: its SHA-256 is the one that is recorded.
+    """
+
+    header: Header
+    anywhere: bool
+    hashed: bool
 
 
 def _expanded(path: str | Path) -> list[Path]:
@@ -94,16 +135,17 @@ def _one(
     by_set: bool,
     hashes: bool,
     on_progress: Progress | None,
-) -> Header | None:
+) -> _Hit | None:
     """Find one input; the first place that has a right one decides."""
     names = [wanted.name]
     if by_set and wanted.name.endswith(")"):
         names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
     wrong = []
-    alone = False  # a wrong file that is the only one of its name where it is
-    for places in search.places(names):
+    alone = False  # a wrong file that is the only one of its name where an input has to be
+    for places, anywhere in search.places(names):
         right: list[Header] = []
-        alone = alone or len(places) == 1
+        alone = alone or (len(places) == 1 and not anywhere)
+        hashed = bool(wanted.sha256) and (hashes or len(places) > 1)
         for place in places:
             fault = None
             try:
@@ -113,7 +155,7 @@ def _one(
                 continue
             if header.nbytes != wanted.nbytes:
                 fault = f"{place} has {header.nbytes:,} bytes, and the input had {wanted.nbytes:,}"
-            elif wanted.sha256 and (hashes or len(places) > 1) and digests(header, on_progress) != wanted.sha256:
+            elif hashed and digests(header, on_progress) != wanted.sha256:
                 fault = f"{place} has another SHA-256 than the input had"
             if fault is None:
                 right.append(header)
@@ -125,7 +167,7 @@ def _one(
             return None
         if right:
             search.used.add(right[0].path)
-            return right[0]
+            return _Hit(right[0], anywhere, hashed)
     faults.append(
         Fault("; ".join(wrong), unknown=not alone) if wrong else Fault(f"{wanted.name} is missing", unknown=True)
     )
@@ -147,14 +189,18 @@ class _Search:
     used: set[Path] = field(default_factory=set)
     _below: dict[Path, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
 
-    def places(self, names: Sequence[str]) -> Iterator[list[Path]]:
-        """Yield the places of one name, the surest first: those in each item are equally sure."""
+    def places(self, names: Sequence[str]) -> Iterator[tuple[list[Path], bool]]:
+        """Yield the places of one name, the surest first: those in each item are equally sure.
+
+        Yields:
+            (places, anywhere); `anywhere` is True for those that are somewhere below the current folder.
+        """
         around, seen = self.average.path.parent, set()
-        for found in (
-            self._in_given(names),
-            self._in(around, names),
-            self._in(Path(), names),
-            self._in_tree(Path(), names),
+        for found, anywhere in (
+            (self._in_given(names), False),
+            (self._in(around, names), False),
+            (self._in(Path(), names), False),
+            (self._in_tree(Path(), names), True),
         ):
             places = []
             for place in found:
@@ -163,7 +209,7 @@ class _Search:
                     seen.add(identity)
                     places.append(place)
             if places:
-                yield places
+                yield places, anywhere
 
     def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
         exact = [place for place in self.given if any(_ends(place, name) for name in names)]

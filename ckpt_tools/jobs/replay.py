@@ -34,7 +34,7 @@ from .lined_up import every_set, selected
 from .options import AveragedOutput, Matching, Selection, Summing
 from .outputs import Target, default_target, named_after, named_target
 from .provenance import Record, read_record
-from .recorded_inputs import digests, look_for
+from .recorded_inputs import Found, digests, look_for
 from .stock import recorded, sets
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def replayed(
     if record.measured_on is None and measured:
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
     tell = running.on_progress
-    headers = find_inputs(record, header, paths, hashes=not running.dry_run, on_progress=tell)
+    found = find_inputs(record, header, paths, hashes=not running.dry_run, on_progress=tell)
+    headers = found.headers
     addends = summed_again(header, record, headers, matching)
     target = named_target(output, headers, default_target(headers)) or named_after(header, "-replayed")
     if header.in_folder and output.named is not None and as_path(output.named) == header.path:
@@ -90,7 +91,7 @@ def replayed(
     before = digests(header, tell) if in_place and not running.dry_run else None
     return replace(
         addends,
-        notes=tuple(_remarks(record, headers, running)),
+        notes=tuple(_remarks(record, found, running)),
         given=(*(member.path for member in addends.members), *(() if in_place else (header.path,))),
         target=target if output.named is None or in_place else None,
         # A torch file has its name inside.
@@ -106,7 +107,7 @@ def find_inputs(
     *,
     hashes: bool,
     on_progress: Progress | None = None,
-) -> list[Header]:
+) -> Found:
     """Find the inputs of an average.
 
     Args:
@@ -131,7 +132,7 @@ def find_inputs(
             f"{header.path}: {len(found.faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {found.said}. Give "
             "the paths of the right files, or of folders that have them."
         )
-    return [*found.headers]
+    return found
 
 
 def summed_again(header: Header, record: Record, headers: Sequence[Header], matching: Matching) -> Addends:
@@ -181,15 +182,8 @@ def needs_sets(record: Record) -> bool:
     return recorded_rule(record).needs == "profile"
 
 
-def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
-    hashed = any(i.sha256 for i in record.inputs) and not running.dry_run
-    above = (header.path.parent for header in headers)
-    folders = dict.fromkeys("the current folder" if folder == Path() else str(folder) for folder in above)
-    by = "name, size and SHA-256" if hashed else "name and size"
-    more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
-    yield (
-        f"The coefficients are those in the record; the inputs were found by {by} in {', '.join([*folders][:3])}{more}."
-    )
+def _remarks(record: Record, found: Found, running: Summing) -> Iterator[str]:
+    yield f"The coefficients are those in the record; the inputs were found {found.how}."
     if running.dry_run and any(i.sha256 for i in record.inputs):
         yield "SHA-256 of the inputs is recorded, and is not checked in a dry run."
     if record.version != __version__:

@@ -144,7 +144,53 @@ def test_two_files_that_may_be_an_input_are_no_fault_of_the_output(
     assert report.passed
     assert "b/c-0.pth has" in detail(report, "inputs")
     Path("b/c-0.pth").unlink()
-    assert results(verify("of_one.pth"))["inputs"] == "failed"
+    assert results(verify("of_one.pth"))["inputs"] == "not checked"
+    assert results(verify("of_one.pth", inputs="a"))["inputs"] == "failed"
+
+
+def test_another_model_below_the_current_folder_is_no_fault_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, value in (("run", 1.0), ("els/proj", 2.0)):
+        (tmp_path / folder).mkdir(parents=True)
+        save_file({"w": torch.full((3,), value)}, tmp_path / folder / "model.safetensors")
+    convert(tmp_path / "run/model.safetensors", out=tmp_path / "els/made.pth")
+    monkeypatch.chdir(tmp_path / "els")
+    report = verify("made.pth")
+    assert report.passed
+    assert detail(report, "inputs") == "by name and size in proj"
+    assert results(report)["made again"] == "not checked"
+    assert "proj/model.safetensors may be another file of that name and size" in detail(report, "made again")
+    assert results(verify("made.pth", inputs="proj"))["made again"] == "failed"
+    save_file({"v": torch.full((3,), 2.0)}, "proj/model.safetensors")  # other names, and the same size
+    assert results(verify("made.pth"))["made again"] == "not checked"
+    assert results(verify("made.pth", inputs="proj"))["made again"] == "failed"
+    shutil.copy(tmp_path / "run/model.safetensors", "proj")
+    assert results(verify("made.pth"))["made again"] == "ok"
+
+
+def test_an_input_that_is_known_by_its_digest_is_known_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    average(series(Path("run"), 2), out="averaged.pth", hash=True)
+    values = raw_bytes(torch.load("averaged.pth")["model"]["w"])
+    records = {name: data.replace(values, values[::-1]) for name, data in records_of(Path("averaged.pth")).items()}
+    zip_of(Path("averaged.pth"), records)
+    report = verify("averaged.pth")
+    assert detail(report, "inputs") == "by name, size and SHA-256 in run"
+    assert results(report)["made again"] == "failed"
+
+
+def test_inputs_whose_digest_is_not_recorded_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = series(tmp_path, 3)
+    average(paths[:2], out="averaged.pth")
+    average(paths[2], update="averaged.pth", out="averaged.pth", force=True, hash=True)
+    assert detail(verify("averaged.pth"), "inputs").startswith("by name and size (1 of 3 by SHA-256, too) in ")
+    notes = average([], replay="averaged.pth", out="again.pth").notes
+    assert any("found by name and size (1 of 3 by SHA-256, too) in " in note for note in notes)
 
 
 def with_record(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -32,7 +32,7 @@ from ..options import (
 )
 from ..outputs import Target
 from ..provenance import Input, Record, SourceRecord, read_record, read_source_record
-from ..recorded_inputs import look_for
+from ..recorded_inputs import Found, look_for
 from ..replay import is_statistic, needs_sets, summed_again
 from .check import FAILED, NOT_CHECKED, OK, Check
 from .file import part_of
@@ -94,16 +94,15 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
         yield Check("inputs", NOT_CHECKED if absent else FAILED, found.said + where)
         yield Check(_MADE, NOT_CHECKED, "its inputs are not all there")
         return
-    hashed = any(each.sha256 for each in said.inputs)
-    by = "name, size and SHA-256" if hashed and hashes else "name and size"
-    yield Check("inputs", OK, f"by {by}" + ("; a sample reads too little for SHA-256" if hashed and not hashes else ""))
+    unhashed = not hashes and any(each.sha256 for each in said.inputs)
+    yield Check("inputs", OK, found.how + "; a sample reads too little for SHA-256" * unhashed)
     if said.unknown:
         yield Check(_MADE, NOT_CHECKED, said.unknown)
         return
     try:
-        yield _made_again(header, said, found.headers, running, share, seed)
+        yield _made_again(header, said, found, running, share, seed)
     except CkptError as error:
-        yield Check(_MADE, FAILED, f"it cannot be made of these inputs: {error}")
+        yield _unlike(f"it cannot be made of these inputs: {str(error).rstrip('.')}", found)
 
 
 def _read(header: Header) -> _Origin:
@@ -128,15 +127,13 @@ def _read(header: Header) -> _Origin:
     return _Origin(made, (made.input,), False, made.command, made.version, unknown)
 
 
-def _made_again(
-    header: Header, said: _Origin, inputs: Sequence[Header], running: Reading, share: float, seed: int
-) -> Check:
+def _made_again(header: Header, said: _Origin, found: Found, running: Reading, share: float, seed: int) -> Check:
     """Compare an output with what is made of its inputs once more.
 
     Raises:
         CkptError: it cannot be planned, or read.
     """
-    folder = header.in_folder
+    folder, inputs = header.in_folder, found.headers
     target = Target(header.path if folder else Path("again" + header.file_format.usual_suffix), folder)
     measured = ""
     if isinstance(said.record, Record):
@@ -167,8 +164,22 @@ def _made_again(
             pairs.setdefault((again, tensor), name)
     fault = fault or _differing(pairs, header, inputs, running, share, seed)
     if fault is not None:
-        return Check(_MADE, FAILED, f"{fault}. An input has changed, or the output has.")
+        return _unlike(fault, found)
     return _same(pairs, pairing, measured, share, seed)
+
+
+def _unlike(fault: str, found: Found) -> Check:
+    """Say that an output is not what its inputs give: that is known only of inputs that are known."""
+    if not found.guessed:
+        return Check(_MADE, FAILED, f"{fault}. An input has changed, or the output has.")
+    first = found.guessed[0]
+    others = f" and {len(found.guessed) - 1} more" if found.guessed[1:] else ""
+    return Check(
+        _MADE,
+        NOT_CHECKED,
+        f"{fault}, and {first}{others} may be another file of that name and size. `inputs` names a folder that has the "
+        "right ones",
+    )
 
 
 def _differing(
