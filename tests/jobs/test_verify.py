@@ -141,6 +141,16 @@ def test_values_that_are_not_finite_are_counted(dtype: str, tmp_path: Path) -> N
     assert verify(tmp_path / "a.pth", allow_nonfinite=True).passed
 
 
+def test_scales_of_packed_blocks_that_are_nan_are_counted(tmp_path: Path) -> None:
+    scales = torch.arange(256, dtype=torch.uint8).reshape(32, 8).view(torch.float8_e8m0fnu)
+    nans = scales.float().isnan()
+    torch.save({"scales": scales}, tmp_path / "a.pth")
+    first = nans.nonzero()[0].tolist()
+    assert detail(verify(tmp_path / "a.pth"), "finite") == f"'scales' has {nans.sum()} NaN, the first at {first}"
+    torch.save({"scales": scales[:-1].clone()}, tmp_path / "a.pth")
+    assert results(verify(tmp_path / "a.pth"))["finite"] == "ok"
+
+
 def test_a_value_is_found_in_an_optimizer_and_in_a_chunk(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, torch.nan])}}}}
     torch.save(state, tmp_path / "a.pth")
@@ -214,10 +224,31 @@ def test_all_that_a_list_has_of_a_folder_is_compared(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     files = sorted(path.name for path in folder.iterdir())
     text = subprocess.run(["sha256sum", *files], cwd=folder, capture_output=True, text=True, check=True).stdout
-    (tmp_path / "SUMS").write_text(text + "0" * 64 + "  elsewhere.json\n")
+    (tmp_path / "SUMS").write_text(text)
     assert detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256") == "those of 4 files"
     (folder / "config.json").write_text("[]")
-    assert "'config.json'" in detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256")
+    assert "'config.json' has another" in detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256")
+
+
+@pytest.mark.parametrize(
+    ("made_in", "names"), [("folder", "*"), (".", "other.json folder/*"), ("/", "$OLDPWD/folder/*")]
+)
+def test_a_file_that_a_list_has_of_a_folder_and_that_is_gone_is_found(
+    made_in: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    (sharded(Path("folder"), 1.0) / "tokenizer.json").write_text("{}")
+    Path("other.json").write_text("{}")
+    script = f"cd {made_in} && sha256sum {names}"
+    text = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    Path("SUMS").write_text(text)
+    Path("other.json").unlink()  # of another folder: that is not what is asked
+    assert detail(verify("folder", expect_sha256="SUMS"), "sha256") == "those of 4 files"
+    Path("folder/tokenizer.json").unlink()
+    assert detail(verify("folder", expect_sha256="SUMS"), "sha256") == "SUMS lists 'tokenizer.json', which is not there"
+    monkeypatch.chdir(tmp_path)
+    assert "lists 'tokenizer.json'" in detail(verify("run/folder", expect_sha256="run/SUMS"), "sha256")
 
 
 @pytest.mark.parametrize("sample", ["0%", "101%", "1", "", "-1%", "nan%", 1])

@@ -22,6 +22,7 @@ from ...formats.torch_legacy import TORCH_LEGACY
 from ...formats.torch_zip import TORCH_ZIP
 from ...formats.tree import tensors_in
 from ...formats.zip_check import archives, check
+from ...series.paths import as_path
 from ...series.shards import refuse_part
 from ...storage.source import LOCAL, store_of
 from ...tensors import TensorSpec, UnsupportedTensor
@@ -247,6 +248,7 @@ def digest(header: Header, expected: str, on_progress: Progress | None) -> Check
     """
     names = header.names
     wanted: dict[str, set[str]]
+    compared: Mapping[str, Path] = names
     if re.fullmatch("[0-9a-fA-F]{64}", expected):
         if len(names) > 1:
             raise UsageError(
@@ -254,48 +256,63 @@ def digest(header: Header, expected: str, on_progress: Progress | None) -> Check
             )
         wanted = {name: {expected.lower()} for name in names}
     else:
-        wanted = _listed(Path(expected), header)
+        wanted, inside = _listed(as_path(expected), header)
+        if header.in_folder:  # what else of the folder is listed: a tokenizer, a configuration
+            made_there = any(name in wanted and name not in inside for name in names)
+            others = sorted({*wanted} - names.keys()) if made_there else sorted(inside - names.keys())
+            compared = names | {name: header.path / name for name in others if _is_below(name)}
     lacking = [name for name in names if name not in wanted]
     if lacking:
         return Check("sha256", FAILED, f"{expected} does not list '{lacking[0]}'")
-    if header.in_folder:  # what else of the folder is listed: a tokenizer, a configuration
-        names |= {name: header.path / name for name in wanted if name not in names and _inside(name, header.path)}
+    gone = next((name for name, path in compared.items() if not store_of(path).is_file(path)), None)
+    if gone is not None:
+        return Check("sha256", FAILED, f"{expected} lists '{gone}', which is not there")
     try:
-        found = file_hashes(names.values(), on_progress)
-        wrong = [name for name, path in names.items() if {found[path]} != wanted[name]]
+        found = file_hashes(compared.values(), on_progress)
+        wrong = [name for name, path in compared.items() if {found[path]} != wanted[name]]
     except CkptError as error:
         return Check("sha256", FAILED, str(error))
     if wrong:
         return Check("sha256", FAILED, f"'{wrong[0]}' has another SHA-256 than expected")
-    return Check("sha256", OK, "that of the file" if len(names) == 1 else f"those of {len(names)} files")
+    return Check("sha256", OK, "that of the file" if len(compared) == 1 else f"those of {len(compared)} files")
 
 
-def _inside(name: str, folder: Path) -> bool:
-    path = Path(name)
-    return not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()
+def _is_below(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _listed(path: Path, header: Header) -> dict[str, set[str]]:
+def _listed(path: Path, header: Header) -> tuple[dict[str, set[str]], set[str]]:
     """Return the digests in a list by the names of the files in their folder.
 
     sha256sum writes names as it was given them: the path of a file from here, too, or the name in its folder.
+
+    Returns:
+        The digests; and those of the names whose paths lead into the folder. What the others name is known only if the
+        list was made in the folder.
     """
     try:
         text = read_small(path, _MOST_LIST)[0].decode("utf-8", "surrogateescape")
     except CkptError as error:
         raise UsageError(f"`expect_sha256`: 64 hexadecimal digits, or a list of them: {error}") from error
     home = os.path.abspath(header.path if header.in_folder else header.path.parent)  # noqa: PTH100 - follows no link
-    lead = f"{header.path.name}/" if header.in_folder else ""
+    lead = f"{header.path.name}/" if header.in_folder and header.path.name else ""
     found: dict[str, set[str]] = {}
+    inside: set[str] = set()
     for line in filter(None, (line.removesuffix("\r") for line in text.split("\n"))):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UsageError(f"`expect_sha256`: {path} has a line that sha256sum does not write.")
+            raise UsageError(f"`expect_sha256`: {path} has a line that is not of the form DIGEST  NAME.")
         name = _ESCAPE.sub(lambda each: _ESCAPED[each[1]], match[3]) if match[1] else match[3]
         place = os.path.abspath(name)  # noqa: PTH100
-        inside = place.removeprefix(f"{home}/") if place.startswith(f"{home}/") else None
-        found.setdefault(inside or name.removeprefix("./").removeprefix(lead), set()).add(match[2].lower())
-    return found
+        short = name.removeprefix("./")
+        if place.startswith(f"{home}/"):
+            short = place.removeprefix(f"{home}/")
+            inside.add(short)
+        elif lead and short.startswith(lead):
+            short = short.removeprefix(lead)
+            inside.add(short)
+        found.setdefault(short, set()).add(match[2].lower())
+    return found, inside
 
 
 def _plural(number: int, noun: str) -> str:
