@@ -58,7 +58,8 @@ class Header:
         files: all files of the checkpoint.
         foreign: unknown globals of the pickle, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
-        provenance: the ckpt-tools record of how the file was made, if any.
+        provenance: the ckpt-tools record of how the file was made, if any; that of the first of several files.
+        contradiction: which of several files have different records, in words; empty if they have the same one.
         shards: tensor name to file name, for a sharded checkpoint.
         shard_format: the format of the shards.
         ranks: file name to header, for a checkpoint with a part of the model in each file; the first keys of `tree` are
@@ -74,6 +75,7 @@ class Header:
     foreign: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
+    contradiction: str = ""
     shards: Mapping[str, str] = field(default_factory=dict)
     shard_format: Format | None = None
     ranks: Mapping[str, Header] = field(default_factory=dict)
@@ -122,3 +124,14 @@ class Header:
     def nbytes(self) -> int:
         """Size on disk, in bytes."""
         return sum(stamp.nbytes for stamp in self.files)
+
+
+def contradiction(parts: Mapping[str, Header]) -> str:
+    """Say which files of one checkpoint have different records, as those of two outputs do; empty if none have.
+
+    Args:
+        parts: the header of each file by its name, at least one.
+    """
+    first, *others = parts
+    other = next((name for name in others if parts[name].provenance != parts[first].provenance), None)
+    return "" if other is None else f"{other} has another record than {first}"

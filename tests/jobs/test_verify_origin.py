@@ -265,6 +265,34 @@ def test_two_tensors_with_one_dotted_path_are_both_looked_at(key: str | int, tmp
     assert verify(tmp_path / "tied.pth").passed
 
 
+def test_a_shard_of_another_average_is_found_by_its_record(tmp_path: Path) -> None:
+    paths = training(tmp_path)
+    for name, some in (("a", paths), ("b", paths[1:])):
+        average(some, max_shard_size=100, out=f"{tmp_path}/{name}/")
+    for path in paths:
+        path.unlink()
+    assert results(verify(tmp_path / "a"))["record"] == "ok"
+    first, *_, last = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    shutil.copy(tmp_path / "b" / last, tmp_path / "a")
+    report = verify(tmp_path / "a")
+    assert detail(report, "record") == f"{last} has another record than {first}"
+    assert not report.passed
+
+
+def test_a_rank_of_another_average_is_found_by_its_record(tmp_path: Path) -> None:
+    for step in range(3):
+        for rank in range(2):
+            place = tmp_path / f"iter_{step}/mp_rank_{rank:02d}"
+            place.mkdir(parents=True)
+            torch.save({"model": {"w": torch.full((3,), float(step + rank))}}, place / "model_optim_rng.pt")
+    steps = [tmp_path / f"iter_{step}" for step in range(3)]
+    for name, some in (("a", steps), ("b", steps[1:])):
+        average(some, out=tmp_path / name)
+    assert results(verify(tmp_path / "a"))["record"] == "ok"
+    shutil.copytree(tmp_path / "b/mp_rank_01", tmp_path / "a/mp_rank_01", dirs_exist_ok=True)
+    assert detail(verify(tmp_path / "a"), "record").startswith("mp_rank_01/model_optim_rng.pt has another record")
+
+
 def test_an_average_that_was_updated_is_not_compared(tmp_path: Path) -> None:
     paths = series(tmp_path, 4)
     average(paths[:3], out=tmp_path / "averaged.pth")

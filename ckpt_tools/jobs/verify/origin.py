@@ -68,6 +68,9 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
     Args:
         share, seed: of the sample that is made again; 1 for all.
     """
+    if header.contradiction:
+        yield Check("record", FAILED, header.contradiction)
+        return
     if header.provenance is None:
         yield Check("record", NOT_CHECKED, "ckpt-tools has left none in it, so that its origin is not known")
         return
