@@ -23,7 +23,7 @@ from . import dcp_metadata
 from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
 from .file_plan import FilePlan, OutTensor, Payload, joined, whole_file
 from .format import Format, Named, Writing
-from .header import Header, parse_provenance
+from .header import Header, damage, parse_provenance
 from .json_file import read_small
 from .safetensors import SAFETENSORS
 from .sharded import members
@@ -64,7 +64,15 @@ class DCP(Format):
         folder = read_folder(path)
         leaves = ((folder.paths.get(name, (name,)), value) for name, value in folder.entries.items())
         tree = _nest(path / METADATA, leaves)
-        return Header(path, self, tree, folder.stamps, folder.foreign, provenance=folder.provenance)
+        return Header(
+            path,
+            self,
+            tree,
+            folder.stamps,
+            folder.foreign,
+            provenance=folder.provenance,
+            record_fault=folder.record_fault,
+        )
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
         """Lay out a folder that any number of processes can load: a tensor is one chunk.
@@ -99,7 +107,7 @@ class Folder:
         paths: name to key path in the saved dict, where it is known.
         stamps: of all files.
         foreign: unknown globals, with counts.
-        provenance: as in Header.
+        provenance, record_fault: as in Header.
     """
 
     entries: Mapping[str, Any]
@@ -108,6 +116,7 @@ class Folder:
     stamps: tuple[Stamp, ...]
     foreign: Counter[str]
     provenance: dict[str, Any] | None
+    record_fault: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,8 @@ def read_folder(path: Path, *, whole_objects: bool = True) -> Folder:
     entries = {name: _value(path, index, name, entry, objects) for name, entry in metadata.entries.items()}
     provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
     names = {name for name, entry in metadata.entries.items() if isinstance(entry, Location)}
-    return Folder(entries, names, metadata.paths, tuple(stamps), foreign, provenance)
+    fault = damage(metadata.provenance, provenance)
+    return Folder(entries, names, metadata.paths, tuple(stamps), foreign, provenance, fault)
 
 
 def lay_out(leaves: Iterable[tuple[str, tuple[Any, ...] | None, Any]], writing: Writing) -> tuple[FilePlan, ...]:

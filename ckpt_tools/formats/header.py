@@ -59,7 +59,8 @@ class Header:
         foreign: unknown globals of the pickle, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: the ckpt-tools record of how the file was made, if any; that of the first of several files.
-        contradiction: which of several files have different records, in words; empty if they have the same one.
+        record_fault: why `provenance` is not to be relied on, in words: it is damaged, or files have different ones;
+            empty if nothing is known against it.
         shards: tensor name to file name, for a sharded checkpoint.
         shard_format: the format of the shards.
         ranks: file name to header, for a checkpoint with a part of the model in each file; the first keys of `tree` are
@@ -75,7 +76,7 @@ class Header:
     foreign: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
-    contradiction: str = ""
+    record_fault: str = ""
     shards: Mapping[str, str] = field(default_factory=dict)
     shard_format: Format | None = None
     ranks: Mapping[str, Header] = field(default_factory=dict)
@@ -126,12 +127,20 @@ class Header:
         return sum(stamp.nbytes for stamp in self.files)
 
 
-def contradiction(parts: Mapping[str, Header]) -> str:
-    """Say which files of one checkpoint have different records, as those of two outputs do; empty if none have.
+def damage(text: object, provenance: Mapping[str, Any] | None) -> str:
+    """Say that there is a record that cannot be read, in words; empty if there is none, or it was read."""
+    return "" if text is None or provenance is not None else "there is a record of ckpt-tools, and it cannot be read"
+
+
+def record_fault(parts: Mapping[str, Header]) -> str:
+    """Say which file of a checkpoint has a damaged record, or another one than the first, as one of another output has.
 
     Args:
         parts: the header of each file by its name, at least one.
     """
     first, *others = parts
+    damaged = next((name for name in parts if parts[name].record_fault), None)
+    if damaged is not None:
+        return f"{damaged}: {parts[damaged].record_fault}"
     other = next((name for name in others if parts[name].provenance != parts[first].provenance), None)
     return "" if other is None else f"{other} has another record than {first}"

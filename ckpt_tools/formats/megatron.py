@@ -86,6 +86,7 @@ class Megatron(DCP):
             (*folder.stamps, *common.files, stamp_at(path / CONFIG)),
             folder.foreign,
             provenance=folder.provenance,
+            record_fault=folder.record_fault,
         )
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:

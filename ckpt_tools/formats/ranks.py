@@ -17,7 +17,7 @@ from ..errors import CorruptError, UnsupportedError
 from ..storage.source import store_of
 from .file_plan import FilePlan
 from .format import Format, Named, Writing, read_single
-from .header import Header, contradiction
+from .header import Header, record_fault
 from .torch_zip import TORCH_ZIP
 
 
@@ -91,7 +91,7 @@ class Ranks(Format):
             tuple(stamp for header in headers.values() for stamp in header.files),
             sum((header.foreign for header in headers.values()), Counter()),
             provenance=first.provenance,
-            contradiction=contradiction(headers),
+            record_fault=record_fault(headers),
             shard_format=first.format,
             ranks={name: header for name, header in headers.items() if not _without_model(header.tree)},
         )

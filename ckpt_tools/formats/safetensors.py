@@ -19,7 +19,7 @@ from ..storage.splice import Span, Splice, whole_blocks
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .file_plan import FilePlan, OutTensor, Payload, constant
 from .format import Format, Named, Renaming, Writing
-from .header import PROVENANCE, Header, parse_provenance
+from .header import PROVENANCE, Header, damage, parse_provenance
 from .json_file import parse_json
 from .template import Template
 
@@ -99,13 +99,15 @@ class Safetensors(Format):
         if offsets is not None:
             metadata.pop(_CHUNKS_VERSION, None)
         shift = data.offset - template.base
+        provenance = parse_provenance(metadata.get(PROVENANCE))
         header = Header(
             path,
             self,
             template.content,
             (file.stamp,),
             metadata=metadata,
-            provenance=parse_provenance(metadata.get(PROVENANCE)),
+            provenance=provenance,
+            record_fault=damage(metadata.get(PROVENANCE), provenance),
             template=template,
             places={template.files[0]: (path, shift)} if shift or template.files[0] != path else {},
         )

@@ -17,7 +17,7 @@ from ..storage.source import store_of
 from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
 from .format import Format, Named, Renaming, Writing, read_single
-from .header import Header, contradiction
+from .header import Header, record_fault
 from .json_file import parse_json, read_small
 from .safetensors import SAFETENSORS
 from .template import Template
@@ -151,7 +151,7 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         sum((header.foreign for header in headers.values()), Counter()),
         first.metadata,
         first.provenance,
-        contradiction(headers),
+        record_fault(headers),
         shards=weight_map,
         shard_format=first.format,
         template=template,

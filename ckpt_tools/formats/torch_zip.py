@@ -22,7 +22,7 @@ from ..tensors import DType, Storage
 from . import pickle_edit, pickle_read
 from .file_plan import Computed, FilePlan, OutTensor, Payload, Segment, constant
 from .format import Format, Named, Writing
-from .header import PROVENANCE, Header, parse_provenance
+from .header import PROVENANCE, Header, damage, parse_provenance
 from .json_file import LARGEST
 from .pickle_edit import NamedPickle
 from .pickle_write import dump
@@ -74,12 +74,22 @@ class TorchZip(Format):
             archive = Archive(file, where=str(path))
             root, tree, foreign = read_archive(archive, path, where=str(path))
             made = f"{root}/{_PROVENANCE_ENTRY}"
-            provenance = parse_provenance(archive.read(made, LARGEST)) if made in archive.entries else None
+            said = archive.read(made, LARGEST) if made in archive.entries else None
         template = None
         if archive.usual and made not in archive.entries and all(n.startswith(f"{root}/") for n in archive.entries):
             template = ArchiveTemplate(tree, (path,), Counter(foreign), archive, f"{root}/".encode())
             KNOWN[key] = template
-        return Header(path, self, tree, (file.stamp,), foreign, provenance=provenance, template=template)
+        provenance = parse_provenance(said)
+        return Header(
+            path,
+            self,
+            tree,
+            (file.stamp,),
+            foreign,
+            provenance=provenance,
+            record_fault=damage(said, provenance),
+            template=template,
+        )
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
         """Lay out a torch zip file; see `pickle_write.plain` for its content."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,21 @@ def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
     assert "'state_dict.w' differs in 48 of 48 values" in detail(verify(tmp_path / "averaged.pth"), "made again")
     with_record(tmp_path / "averaged.pth", lambda record: record.update(checksums=[1]))
     assert results(verify(tmp_path / "averaged.pth"))["checksums"] == "failed"
+
+
+@pytest.mark.parametrize("out", ["a.pth", "a.safetensors", "folder/", "dcp"])
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(out: str, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", out=f"{tmp_path}/{out}", **({"to": "dcp"} if out == "dcp" else {}))
+    path = tmp_path / {"folder/": "folder/model.safetensors", "dcp": "dcp/.metadata"}.get(out, out)
+    if out == "a.pth":
+        records = records_of(path)
+        zip_of(path, {name: b"{not json" if name.endswith("ckpt_tools.json") else records[name] for name in records})
+    else:  # without a comma
+        path.write_bytes(re.sub(rb'(tool\\?": \\?"ckpt-tools\\?"),', rb"\1 ", path.read_bytes(), count=1))
+    report = verify(tmp_path / out)
+    assert results(report)["record"] == "failed", report
+    assert "there is a record of ckpt-tools, and it cannot be read" in detail(report, "record")
 
 
 def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
     Args:
         share, seed: of the sample that is made again; 1 for all.
     """
-    if header.contradiction:
-        yield Check("record", FAILED, header.contradiction)
+    if header.record_fault:
+        yield Check("record", FAILED, header.record_fault)
         return
     if header.provenance is None:
         yield Check("record", NOT_CHECKED, "ckpt-tools has left none in it, so that its origin is not known")
