@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from ..jobs.options import Reading, Verification
 from . import arguments, console
 
@@ -24,8 +25,15 @@ def verify(
 
     Example: ckpt verify averaged.pth
     """
+    from ..jobs.verify.file import is_digest
     from ..jobs.verify.job import verify as check
 
+    expected = options["expect_sha256"]
+    if len(checkpoints) > 1 and expected is not None and is_digest(expected):
+        raise UsageError(
+            f"`expect_sha256`: one SHA-256 cannot be that of {len(checkpoints)} checkpoints. Give a list of theirs, as "
+            "sha256sum writes it."
+        )
     reports = []
     for checkpoint in checkpoints:
         report, _ = arguments.carried_out(check, arguments.path(checkpoint), **options)

@@ -82,7 +82,7 @@ def replayed(
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
     tell = running.on_progress
     found = find_inputs(record, header, paths, hashes=not running.dry_run, on_progress=tell)
-    headers = found.headers
+    headers = [*found.headers]
     addends = summed_again(header, record, headers, matching)
     target = named_target(output, headers, default_target(headers)) or named_after(header, "-replayed")
     if header.in_folder and output.named is not None and as_path(output.named) == header.path:

@@ -190,6 +190,8 @@ def one_checkpoint(given: str | Path) -> Path:
         if not store.is_folder(path):
             if store is LOCAL:
                 _refuse_url(given, path)
+                if path.is_symlink() and not path.exists():
+                    raise SeriesError(_dangling(path))
             return path
         found = _checkpoints(path)
     except OSError:  # which the reader of the path reports

@@ -65,6 +65,12 @@ def test_wrong_usage_is_told_with_the_options(averaged: Path) -> None:
     assert run("verify").code == 2
 
 
+def test_one_digest_for_several_checkpoints_is_refused_at_the_start(averaged: Path) -> None:
+    result = run("verify", averaged, "c-0.pth", "--expect-sha256", "0" * 64)
+    assert (result.code, result.out) == (2, "")
+    assert "--expect-sha256: one SHA-256 cannot be that of 2 checkpoints" in result.err
+
+
 def test_names_in_a_file_send_nothing_to_the_terminal(here: Path) -> None:
     torch.save({"\x1b[2Jw": torch.tensor([torch.nan])}, "odd.pth")
     result = run("verify", "odd.pth")

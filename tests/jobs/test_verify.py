@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_scales_of_packed_blocks_that_are_nan_are_counted(tmp_path: Path) -> Non
     assert results(verify(tmp_path / "a.pth"))["finite"] == "ok"
 
 
+def test_allowed_values_do_not_hide_tensors_that_are_not_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.tensor([torch.nan]), "s": torch.eye(3).to_sparse()}, tmp_path / "a.pth")
+    assert results(verify(tmp_path / "a.pth"))["finite"] == "failed"
+    report = verify(tmp_path / "a.pth", allow_nonfinite=True)
+    assert results(report)["finite"] == "not checked"
+    assert detail(report, "finite").startswith("'w' has 1 NaN, the first at [0] (allowed); 1 of 2 tensors: 's' is ")
+
+
 def test_a_value_is_found_in_an_optimizer_and_in_a_chunk(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, torch.nan])}}}}
     torch.save(state, tmp_path / "a.pth")
@@ -249,6 +258,31 @@ def test_a_file_that_a_list_has_of_a_folder_and_that_is_gone_is_found(
     assert detail(verify("folder", expect_sha256="SUMS"), "sha256") == "SUMS lists 'tokenizer.json', which is not there"
     monkeypatch.chdir(tmp_path)
     assert "lists 'tokenizer.json'" in detail(verify("run/folder", expect_sha256="run/SUMS"), "sha256")
+
+
+def test_a_list_may_be_below_the_home_folder_and_has_one_form(
+    safetensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    digest = hashlib.sha256(safetensors.read_bytes()).hexdigest()
+    (tmp_path / "SUMS").write_text(f"{digest}  a.safetensors\n")
+    assert results(verify(safetensors, expect_sha256="~/SUMS"))["sha256"] == "ok"
+    (tmp_path / "SUMS").write_text(f"SHA256 (a.safetensors) = {digest}\n")  # with --tag
+    with pytest.raises(UsageError, match="a line that is not of the form DIGEST  NAME"):
+        verify(safetensors, expect_sha256="~/SUMS")
+
+
+def test_a_name_that_is_not_utf8_is_no_fault_of_the_file(safetensors: Path) -> None:
+    odd = safetensors.with_name(os.fsdecode(b"\xff.safetensors"))
+    safetensors.rename(odd)
+    report = verify(odd)
+    assert report.passed, report
+    assert results(report)["loads"] == "not checked"
+
+
+def test_a_broken_link_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").symlink_to("gone.pth")
+    assert detail(verify(tmp_path / "a.pth"), "structure") == "a broken link to gone.pth."
 
 
 @pytest.mark.parametrize("sample", ["0%", "101%", "1", "", "-1%", "nan%", 1])

@@ -233,7 +233,8 @@ def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
     with_record(tmp_path / "averaged.pth", lambda record: record["inputs"][0].update(coefficient=0.34))
     assert "'state_dict.w' differs in 48 of 48 values" in detail(verify(tmp_path / "averaged.pth"), "made again")
     with_record(tmp_path / "averaged.pth", lambda record: record.update(checksums=[1]))
-    assert results(verify(tmp_path / "averaged.pth"))["checksums"] == "failed"
+    report = verify(tmp_path / "averaged.pth")
+    assert (results(report)["finite"], results(report)["checksums"]) == ("ok", "failed")
 
 
 @pytest.mark.parametrize("out", ["a.pth", "a.safetensors", "folder/", "dcp"])
@@ -257,6 +258,7 @@ def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:
     report = verify(shard)
     assert (results(report)["checksums"], results(report)["record"]) == ("ok", "not checked")
     assert "is a shard" in detail(report, "record")
+    assert detail(report, "checksums").startswith("SHA-256 of 1 tensor of the 2 that are recorded")
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert results(verify(shard))["checksums"] == "failed"
@@ -279,6 +281,25 @@ def test_two_tensors_with_one_dotted_path_are_both_looked_at(key: str | int, tmp
     torch.save({f"{key}.w": good, key: {"w": good}}, tmp_path / "tied.pth")  # one tensor: nothing is hidden
     zip_of(tmp_path / "tied.pth", records_of(tmp_path / "tied.pth") | {"tied/ckpt_tools.json": record})
     assert verify(tmp_path / "tied.pth").passed
+
+
+def test_a_whole_file_with_the_name_of_a_shard_has_all_tensors_of_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "step-0003-of-0010.safetensors"
+    save_file({"v": torch.ones(2), "w": torch.ones(3)}, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", out=path, write_checksums=True)
+    assert detail(verify(path), "checksums") == "SHA-256 of 2 tensors"
+    with safe_open(path, "pt") as file:
+        save_file({"v": torch.ones(2)}, path, file.metadata())
+    assert detail(verify(path), "checksums") == "it lacks 'w'"
+
+
+def test_a_recorded_shape_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", out=path, write_checksums=True)
+    with safe_open(path, "pt") as file:
+        save_file({"w": torch.ones(3, 2)}, path, file.metadata())
+    assert detail(verify(path), "checksums") == "'w' is float32 [3, 2], and was float32 [2, 3]"
 
 
 def test_a_shard_of_another_average_is_found_by_its_record(tmp_path: Path) -> None:

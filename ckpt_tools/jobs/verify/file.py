@@ -17,13 +17,13 @@ from ...errors import CkptError, SeriesError, UsageError
 from ...formats.header import Header
 from ...formats.json_file import read_small
 from ...formats.safetensors import SAFETENSORS
-from ...formats.sharded import SINGLE
+from ...formats.sharded import INDEX_SUFFIXES, SINGLE, checkpoint_inside, read_weight_map
 from ...formats.torch_legacy import TORCH_LEGACY
 from ...formats.torch_zip import TORCH_ZIP
 from ...formats.tree import tensors_in
 from ...formats.zip_check import archives, check
 from ...series.paths import as_path
-from ...series.shards import refuse_part
+from ...series.shards import rank_note, refuse_part
 from ...storage.source import LOCAL, store_of
 from ...tensors import TensorSpec, UnsupportedTensor
 from ..checksums import Checksum, read_checksums
@@ -84,43 +84,53 @@ def _told_after(tell: Callable[[int], None], before: int, nbytes: int) -> None:
 
 def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[Check]:
     """Check for one read that values are finite, and tensors those whose SHA-256 is recorded."""
+    stored = stored_tensors(header)
+    recorded, damaged = None, ""
     try:
         recorded = read_checksums(header.provenance or {})
     except ValueError as error:
-        yield Check("checksums", FAILED, f"{header.path}: {error}")
-        return
-    stored = stored_tensors(header)
-    if recorded is not None and part_of(header):  # the record is that of the whole
-        recorded = {each.name: recorded[each.name] for each in stored if each.name in recorded}
+        damaged = f"{header.path}: {error}"
     specs = [*dict.fromkeys(each.tensor for each in stored if isinstance(each.tensor, TensorSpec))]
     try:
         found = dict(zip(specs, _digests(specs, header, running, hashed=recorded is not None), strict=True))
     except CkptError as error:
         yield Check("finite", FAILED, str(error))
-        return
-    yield _finite(stored, found, allowed=asked.allow_nonfinite)
+        recorded = None
+    else:
+        yield _finite(stored, found, allowed=asked.allow_nonfinite)
+    if damaged:
+        yield Check("checksums", FAILED, damaged)
     if recorded is not None:
-        yield _recorded(recorded, stored, found)
+        yield _recorded(recorded, stored, found, part=_has_others(header.path))
 
 
 def _finite(stored: Sequence[Stored], found: Mapping[TensorSpec, Digest], *, allowed: bool) -> Check:
     nonfinite = [(each.name, found[each.tensor]) for each in stored if isinstance(each.tensor, TensorSpec)]
     nonfinite = [(name, each) for name, each in nonfinite if each.first is not None]
     unread = [(each.name, each.tensor.reason) for each in stored if isinstance(each.tensor, UnsupportedTensor)]
+    seen = []
     if nonfinite:
         name, first = nonfinite[0]
         counts = [f"{first.nans} NaN"] * bool(first.nans)
         counts += [f"{first.infinities} infinit{'y' if first.infinities == 1 else 'ies'}"] * bool(first.infinities)
         more = f"; so has or have {len(nonfinite) - 1} more" if nonfinite[1:] else ""
         said = f"'{name}' has {' and '.join(counts)}, the first at {[*(first.first or ())]}{more}"
-        return Check("finite", OK if allowed else FAILED, f"{said}{' (allowed)' * allowed}")
+        if not allowed:
+            return Check("finite", FAILED, said)
+        seen.append(f"{said} (allowed)")
     if unread:
         name, reason = unread[0]
-        return Check("finite", NOT_CHECKED, f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
-    return Check("finite", OK, f"every value of {_plural(len(stored), 'tensor')}")
+        seen.append(f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
+    said = "; ".join(seen) or f"every value of {_plural(len(stored), 'tensor')}"
+    return Check("finite", NOT_CHECKED if unread else OK, said)
 
 
-def _recorded(recorded: Mapping[str, Checksum], stored: Sequence[Stored], found: Mapping[TensorSpec, Digest]) -> Check:
+def _recorded(
+    recorded: Mapping[str, Checksum], stored: Sequence[Stored], found: Mapping[TensorSpec, Digest], *, part: bool
+) -> Check:
+    whole = f" of the {len(recorded)} that are recorded of the whole checkpoint" if part else ""
+    if part:
+        recorded = {each.name: recorded[each.name] for each in stored if each.name in recorded}
     pairing = paired(recorded, stored)
     fault = pairing.fault
     for name, old in pairing.names.items():
@@ -128,11 +138,24 @@ def _recorded(recorded: Mapping[str, Checksum], stored: Sequence[Stored], found:
         if isinstance(tensor, UnsupportedTensor):
             fault = fault or f"'{name}' is {tensor.reason}"
         elif (tensor.dtype.name, tensor.shape) != (wanted.dtype, wanted.shape):
-            fault = fault or f"'{name}' is {tensor.dtype.name} {[*tensor.shape]}, and was {wanted.dtype}"
+            was = f"{wanted.dtype} {[*wanted.shape]}"
+            fault = fault or f"'{name}' is {tensor.dtype.name} {[*tensor.shape]}, and was {was}"
         elif found[tensor].sha256 != wanted.sha256:
             fault = fault or f"the SHA-256 of '{name}' is not that in the record"
     also = f"; {pairing.renamed}" if pairing.renamed else ""
-    return Check("checksums", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
+    said = f"SHA-256 of {_plural(len(recorded), 'tensor')}{whole}{also}"
+    return Check("checksums", FAILED if fault else OK, fault or said)
+
+
+def _has_others(path: Path) -> bool:
+    """True for a part of a checkpoint whose other parts are beside it: the name alone may be that of a whole file."""
+    try:
+        index = checkpoint_inside(path.parent)
+        if index is not None and index.name.endswith(INDEX_SUFFIXES) and path.name in read_weight_map(index).values():
+            return True
+    except (CkptError, OSError):
+        pass  # no index that lists it
+    return rank_note(path) is not None
 
 
 def part_of(header: Header) -> str:
@@ -158,6 +181,8 @@ def loads(header: Header) -> Check:
     if store_of(header.path) is not LOCAL:
         return Check(name, NOT_CHECKED, "the libraries read local files alone")
     paths = [stamp.path for stamp in header.files if not stamp.path.name.endswith(".json")]
+    if not all(map(_is_utf8, paths)):
+        return Check(name, NOT_CHECKED, "the libraries open no file whose path is not UTF-8")
     if form is SAFETENSORS:
         return _each(paths, "safetensors.safe_open", lambda path: _open_safetensors(path, header))
     if form in (TORCH_ZIP, TORCH_LEGACY):
@@ -165,6 +190,14 @@ def loads(header: Header) -> Check:
         whole = header.tree if len(paths) == 1 else None
         return _each(paths, how, lambda path: _load_torch(path, whole, mapped=form is TORCH_ZIP))
     return Check(name, NOT_CHECKED, f"no library loads the format {form.name} without a risk to run code in it")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _each(paths: list[Path], how: str, load: Callable[[Path], str | None]) -> Check:
@@ -249,7 +282,7 @@ def digest(header: Header, expected: str, on_progress: Progress | None) -> Check
     names = header.names
     wanted: dict[str, set[str]]
     compared: Mapping[str, Path] = names
-    if re.fullmatch("[0-9a-fA-F]{64}", expected):
+    if is_digest(expected):
         if len(names) > 1:
             raise UsageError(
                 f"`expect_sha256`: {header.path} has {len(names)} files. Give a list of theirs, as sha256sum writes it."
@@ -275,6 +308,11 @@ def digest(header: Header, expected: str, on_progress: Progress | None) -> Check
     if wrong:
         return Check("sha256", FAILED, f"'{wrong[0]}' has another SHA-256 than expected")
     return Check("sha256", OK, "that of the file" if len(compared) == 1 else f"those of {len(compared)} files")
+
+
+def is_digest(text: str) -> bool:
+    """True for a SHA-256 in hexadecimal digits."""
+    return re.fullmatch("[0-9a-fA-F]{64}", text) is not None
 
 
 def _is_below(name: str) -> bool:
