@@ -172,17 +172,15 @@ def _made_again(header: Header, said: _Origin, found: Found, running: Reading, s
 
 
 def _unlike(fault: str, found: Found) -> Check:
-    """Say that an output is not what its inputs give: that is known only of inputs that are known."""
-    if not found.guessed:
-        return Check(_MADE, FAILED, f"{fault}. An input has changed, or the output has.")
-    first = found.guessed[0]
-    others = f" and {len(found.guessed) - 1} more" if found.guessed[1:] else ""
-    return Check(
-        _MADE,
-        NOT_CHECKED,
-        f"{fault}, and {first}{others} may be another file of that name and size. `inputs` names a folder that has the "
-        "right ones",
-    )
+    """Fail, and say what may be the cause: an input that was found by name and size alone may be another file."""
+    cause = "An input has changed, or the output has."
+    if found.guessed:
+        others = f" and {len(found.guessed) - 1} more" if found.guessed[1:] else ""
+        cause = (
+            f"An input has changed, or the output has, or {found.guessed[0]}{others} may be another file of that name "
+            "and size: `inputs` names a folder that has the right ones."
+        )
+    return Check(_MADE, FAILED, f"{fault}. {cause}")
 
 
 def _differing(
