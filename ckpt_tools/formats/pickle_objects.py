@@ -17,7 +17,7 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from typing import Any
 
-from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
+from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .pickle_check import LARGEST_KEY, MOST_EQUAL_HASHES
 from .rank_parts import part_of
 
@@ -374,6 +374,7 @@ _MOST_AXES = 64  # torch's own limit
 _LARGEST_RATIO = 1024
 _MOST_EXPANDED = 1 << 30
 _EXPANDED: ContextVar[int] = ContextVar("bytes to which small storages may still be expanded while a pickle is read")
+_VIEWED: ContextVar[dict[Storage, int]] = ContextVar("bytes of the views of each storage in a pickle")
 
 
 class _Tensor(metaclass=Sealed):
@@ -397,14 +398,19 @@ class _Tensor(metaclass=Sealed):
                     return UnsupportedTensor(f"a lazy {view} view")
         first = start if type(start) is int else -1
         spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
-        if spec.stride != c_strides(spec.shape) and spec.nbytes > _LARGEST_RATIO * spec.storage.nbytes:
-            left = _EXPANDED.get() - spec.nbytes
-            if left < 0:
-                return UnsupportedTensor(
-                    f"expanded from {spec.storage.nbytes} bytes to {spec.nbytes}; save it as it is needed, not expanded"
-                )
-            _EXPANDED.set(left)
-        return spec
+        return spec if spec.nbytes == spec.storage.nbytes else _bounded(spec)
+
+
+def _bounded(view: TensorSpec) -> TensorSpec | UnsupportedTensor:
+    """Return a view of a storage, unless the views of small storages take too many bytes when they are written out."""
+    viewed, whole = _VIEWED.get(), view.storage.nbytes
+    total = viewed[view.storage] = viewed.get(view.storage, 0) + view.nbytes
+    if total > _LARGEST_RATIO * whole:
+        left = _EXPANDED.get() - view.nbytes
+        if left < 0:
+            return UnsupportedTensor(f"expanded from {whole} bytes to {total}; save it as it is needed, not expanded")
+        _EXPANDED.set(left)
+    return view
 
 
 class _Parameter(metaclass=Sealed):
@@ -527,4 +533,5 @@ def begin(size: int) -> None:
     """
     _COPIED.set(size + _MOST_COPIED)
     _EXPANDED.set(_MOST_EXPANDED)
+    _VIEWED.set({})
     _HASHES.set({})

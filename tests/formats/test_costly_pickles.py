@@ -26,6 +26,7 @@ from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_check import check
 from ckpt_tools.jobs.inspect import describe
+from ckpt_tools.tensors import TensorSpec
 
 
 def text(value: str) -> bytes:
@@ -236,6 +237,16 @@ def test_a_tensor_expanded_far_beyond_its_storage_is_not_written_out(tmp_path: P
     many = b"".join(text(f"w{n}") + expanded(1 << 24) + b"s" for n in range(30))
     tree = read_header(torch_zip(tmp_path / "many.pth", b"\x80\2}" + many + b".")).tree
     assert [type(each).__name__ for each in tree.values()] == ["TensorSpec"] * 16 + ["UnsupportedTensor"] * 14
+
+
+def test_many_views_of_one_storage_are_bounded_together_and_slices_of_it_are_not(tmp_path: Path) -> None:
+    base = torch.zeros(1 << 14)
+    torch.save([base.expand(1024 - n, 1 << 14) for n in range(20)], tmp_path / "a.pth")  # 64 MiB each, or little less
+    assert (tmp_path / "a.pth").stat().st_size < 100_000
+    kinds = [type(each).__name__ for each in read_header(tmp_path / "a.pth").tree]
+    assert kinds == ["TensorSpec"] * 17 + ["UnsupportedTensor"] * 3
+    torch.save(list(base.split(1)), tmp_path / "b.pth")
+    assert {type(each) for each in read_header(tmp_path / "b.pth").tree} == {TensorSpec}
 
 
 def test_an_expanded_mask_is_read_as_torch_reads_it(tmp_path: Path) -> None:
