@@ -44,7 +44,8 @@ def clean(
 
 
 def _show(left: Left, tell: console.Tell) -> None:
-    facts = [f"{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{console.span(left.age)} old"]
+    doubted = "by its name " * (left.result == "kept" and bool(left.detail))
+    facts = [f"{doubted}{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{console.span(left.age)} old"]
     if left.done is not None:
         facts.append(f"{left.done:.0%} done")
     why = f" ({left.detail})" if left.detail else ""

@@ -119,9 +119,8 @@ def _cleared(found: Hidden, clearing: Clearing) -> Left:
     if found.suffix == "parts":
         return _cleared_stage(found, clearing)
     left = _described(found, "output" if found.suffix == "partial" else "replaced")
-    why = "" if left.what == "output" else _may_be_all(found)
     with held(found.path) as free:
-        return _removed(left, found.path, free=free, why=why, clearing=clearing)
+        return _removed(left, found.path, free=free, why=found.doubt(), clearing=clearing)
 
 
 def _cleared_stage(found: Hidden, clearing: Clearing) -> Left:
@@ -164,22 +163,13 @@ def _described(found: Hidden, what: str) -> Left:
     last = max(times, default=0.0)
     return Left(
         path=str(found.path),
-        target=str(found.target or f"{found.path.parent / found.start}..."),
+        target=found.shown,
         what=what,
         nbytes=allocated(found.path),
         modified=datetime.fromtimestamp(last, timezone.utc).isoformat(timespec="seconds"),
         age=max(0.0, time.time() - last),
         result="kept",
     )
-
-
-def _may_be_all(found: Hidden) -> str:
-    """Say why an old folder stays: its successor is not in its place, so that it may be all that there is."""
-    if found.target is None:
-        return "the name of its target is not known in full, so that it may be the only one"
-    if not found.target.exists():
-        return f"{found.target} is not there, so that it is the only one. Rename it to that to have it back"
-    return ""
 
 
 def _progress(stage: Stage) -> dict[str, Any]:

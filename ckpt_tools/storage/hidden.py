@@ -6,7 +6,9 @@ for the same target removes what has a free lock.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -14,21 +16,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-_START = 40  # characters of the target's name, as file names have to be short
+_START = 40  # characters that stand for the target's name, as file names have to be short
 _TOKEN = 8  # hexadecimal digits
+_BEGINNING = _START - _TOKEN - 1  # characters of a longer one that are kept, with a hyphen and a digest after them
 _HEX = {*"0123456789abcdef"}
+_DATE = re.compile(r"(19|20)\d{6}|\d{4}(19|20)\d\d")
 DIGITS = 12
 """Hexadecimal digits of a job's digest in the name of its kept stage."""
 
 
 def prefix(target: Path) -> str:
     """Return what the names of all that is hidden beside a target begin with."""
-    return f".{target.name[:_START]}."
+    return f".{_start(target.name)}."
+
+
+def _start(name: str) -> str:
+    """Return what stands for a target's name: itself, or of a long one the beginning and a digest.
+
+    With the beginning alone, a job would take what belongs to a target with the same one for its own.
+    """
+    if len(name) < _START:
+        return name
+    return f"{name[:_BEGINNING]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:_TOKEN]}"
 
 
 def hidden(target: Path, folder: Path) -> Path:
     """Return a path in a folder for a target; unique among concurrent and earlier runs."""
-    return folder / f"{prefix(target)}{os.urandom(_TOKEN // 2).hex()}.partial"
+    return folder / f"{prefix(target)}{_token()}.partial"
+
+
+def _token() -> str:
+    """Return random digits with a letter among them: eight decimal ones are a date in the names of many backups."""
+    while (token := os.urandom(_TOKEN // 2).hex()).isdecimal():
+        pass
+    return token
 
 
 def locked(target: Path, folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
@@ -114,12 +135,12 @@ def size_of_leftovers(target: Path) -> int:
 
 
 def _leftovers(target: Path, folder: Path) -> Iterator[Path]:
-    """Yield what runs for a target may have left: its old folder, too, if that is not all that there is."""
-    there, found = os.path.lexists(folder / target.name), []
+    """Yield what runs for a target have left and nobody needs."""
+    found = []
     with suppress(OSError):
         found = hidden_in(folder)
     for each in found:
-        if each.start == target.name[:_START] and each.suffix in ("partial", "old")[: 1 + there]:
+        if each.start == _start(target.name) and each.suffix != "parts" and not each.doubt():
             yield each.path
 
 
@@ -128,7 +149,7 @@ def kept_stages(target: Path) -> list[Path]:
     found = []
     with suppress(OSError):
         found = hidden_in(target.absolute().parent)
-    return [each.path for each in found if each.suffix == "parts" and each.start == target.name[:_START]]
+    return [each.path for each in found if each.suffix == "parts" and each.start == _start(target.name)]
 
 
 class Hidden(NamedTuple):
@@ -136,7 +157,7 @@ class Hidden(NamedTuple):
 
     Attributes:
         path: where it is.
-        start: the first 40 characters of the name of the target.
+        start: what stands for the name of the target: itself, or of a long one its beginning and a digest.
         suffix: ``partial`` (an output that grows), ``old`` (a folder that is being replaced), or ``parts`` (see
             `kept_stage`).
     """
@@ -149,6 +170,30 @@ class Hidden(NamedTuple):
     def target(self) -> Path | None:
         """The target; None if its name is longer than what is known of it."""
         return self.path.parent / self.start if len(self.start) < _START else None
+
+    @property
+    def shown(self) -> str:
+        """The path of the target; of a long name the beginning, and dots."""
+        return str(self.target or f"{self.path.parent / self.start[:_BEGINNING]}...")
+
+    def doubt(self) -> str:
+        """Say why it stays even if no process is at work in it; empty if nobody needs it.
+
+        It may be a backup with a date in its name, or an old folder without a successor, so that it is all that there
+        is of its target.
+        """
+        token = self.path.name.rsplit(".", 2)[1]
+        if _DATE.fullmatch(token):
+            return f"{token} in its name may be a date, and it a backup. Remove it yourself if nobody needs it"
+        if self.suffix != "old":
+            return ""
+        if not (self.path.is_dir() or self.path.is_symlink()):
+            return "it is no folder"
+        if self.target is None:
+            return "the name of its target is not known in full, so that it may be the only one"
+        if not self.target.exists():
+            return f"{self.target} is not there, so that it is the only one. Rename it to that to have it back"
+        return ""
 
 
 def hidden_in(folder: Path) -> list[Hidden]:

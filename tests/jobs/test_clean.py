@@ -124,6 +124,8 @@ def test_nothing_with_another_name_or_kind_is_touched(here: Path) -> None:
     Path(".c.000000000000.parts/notes.txt").touch()
     Path("precious").mkdir()
     Path(".d.000000000000.parts").symlink_to("precious")
+    for name in ("e", ".e.00000000.old"):
+        Path(name).touch()
     before = {*here.rglob("*")}
     report = clean(".", parts=True)
     assert {each.result for each in report.left} == {"kept"}
@@ -132,8 +134,52 @@ def test_nothing_with_another_name_or_kind_is_touched(here: Path) -> None:
         "b": "it is no folder",
         "c": "it has something that ckpt does not write there (notes.txt)",
         "d": "it is no folder",
+        "e": "it is no folder",
     }
     assert {*here.rglob("*")} == before
+
+
+def backups(target: str) -> set[str]:
+    """Make a target and what a user may keep beside it; return the names of that."""
+    Path(target).mkdir()
+    files = {f".{target}.{token}" for token in ("20240131.partial", "31122024.partial", "20240131.old", "0badc0de.old")}
+    for name in files:
+        Path(name).write_text("mine")
+    Path(f".{target}.19991231.old").mkdir()
+    return {*files, f".{target}.19991231.old"}
+
+
+def test_backups_with_a_date_and_files_in_place_of_folders_stay(series: list[str]) -> None:
+    kept = backups("model")
+    report = clean(".")
+    assert {Path(each.path).name: each.result for each in report.left} == dict.fromkeys(kept, "kept")
+    reasons = {each.detail for each in report.left if "0badc0de" not in each.path}
+    assert {each[8:] for each in reasons} == {
+        " in its name may be a date, and it a backup. Remove it yourself if nobody needs it"
+    }
+    assert "  kept (it is no folder): by its name replaced folder of model, " in run("clean", ".").err
+    average(series, out="model", max_shard_size=100_000, force=True)
+    assert {each.name for each in Path().glob(".*")} == kept
+
+
+def test_a_name_that_is_made_is_never_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [bytes.fromhex("20240131"), bytes.fromhex("00000000"), bytes.fromhex("2024013a")]
+    monkeypatch.setattr(os, "urandom", lambda nbytes: drawn.pop(0))
+    assert hidden.hidden(Path("model"), Path()).name == ".model.2024013a.partial"
+
+
+def test_a_job_leaves_what_belongs_to_a_target_whose_name_begins_like_its_own(series: list[str]) -> None:
+    a, b = (f"averaged-of-the-long-experiment-number-12-{each}" for each in "ab")
+    average(series, out=a, part="1/2", max_shard_size=100_000)
+    (parts,) = Path().glob(".*.parts")
+    olds = {Path(f"{hidden.prefix(Path(a))}0badc0de.old"), Path(f".{a[:40]}.0badc0de.old")}
+    for path in (Path(b), *olds):
+        path.mkdir()
+    average(series, out=b, max_shard_size=100_000, force=True)
+    assert {*Path().glob(".*")} == {parts, *olds}
+    report = clean(".")
+    assert {each.result for each in report.left} == {"kept"}
+    assert {each.target for each in report.left} == {f"{a[:31]}..."}
 
 
 def test_nothing_is_removed_where_the_system_has_no_locks(series: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
