@@ -226,7 +226,8 @@ class _Search:
             for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
                 if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
                     place = folder.joinpath(*parts[n:])
-                    if _is_there(place):
+                    # From the current folder, s3:/bucket/step_1.pth leads to a store that nobody has given.
+                    if store_of(place) is store_of(folder) and _is_there(place):
                         yield place
 
     def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:

@@ -114,8 +114,9 @@ STORES: dict[str, Store] = {}
 
 
 def store_of(path: Path) -> Store:
-    """Return the store of a path: the local file system, unless its first component is a known scheme."""
-    return STORES.get(path.parts[0][:-1], LOCAL) if STORES and path.parts else LOCAL
+    """Return the store of a path: the local file system, unless its first component is a known scheme and a colon."""
+    first = path.parts[0] if STORES and path.parts else ""
+    return STORES.get(first[:-1], LOCAL) if first.endswith(":") else LOCAL
 
 
 def open_source(path: Path) -> Source:

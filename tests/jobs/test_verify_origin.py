@@ -227,6 +227,39 @@ def test_a_record_that_names_no_checkpoint_is_not_followed(name: str, result: st
         assert results(report).get("made again") in (None, "not checked")
 
 
+class Asked(MemoryStore):
+    """A store that notes what it is asked for."""
+
+    def __init__(self, files: dict[Path, bytes]) -> None:
+        super().__init__(files)
+        self.paths: set[Path] = set()
+
+    def is_file(self, path: Path) -> bool:
+        self.paths.add(path)
+        return super().is_file(path)
+
+    def is_folder(self, path: Path) -> bool:
+        self.paths.add(path)
+        return super().is_folder(path)
+
+
+@pytest.mark.parametrize("above", ["", "here/"])
+def test_a_record_leads_to_no_store(above: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    paths = training(here)
+    average(paths, out="averaged.pth")
+    secret, given = Path(f"toy:/private/{paths[1].name}"), Path("toy:/public/averaged.pth")
+    paths[1].rename(tmp_path / "moved.pth")
+    made = with_record(Path("averaged.pth"), lambda record: record["inputs"][1].update(name=f"{above}{secret}"))
+    store = Asked({secret: (tmp_path / "moved.pth").read_bytes(), given: made.read_bytes()})
+    monkeypatch.setitem(STORES, "toy", store)
+    for path in (made, given):
+        assert "is missing" in detail(verify(path), "inputs")
+    assert not [path for path in store.paths if "private" in path.parts and "public" not in path.parts]
+
+
 def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
     average(training(tmp_path), out=tmp_path / "averaged.pth")
     with_record(tmp_path / "averaged.pth", lambda record: record["inputs"][0].update(coefficient=0.34))

@@ -64,6 +64,11 @@ def test_average_finds_files_of_a_store_by_a_pattern(memory: dict[Path, bytes], 
         ckpt_tools.average("mem://runs/epoch-*.pth", out=tmp_path / "other.pth")
 
 
+def test_a_folder_whose_name_begins_like_a_scheme_is_local(memory: dict[Path, bytes]) -> None:
+    assert sources.store_of(Path("memo/step_1.pth")) is sources.LOCAL
+    assert sources.store_of(Path("mem:/step_1.pth")) is not sources.LOCAL
+
+
 def test_convert_strip_and_diff_read_from_a_store(memory: dict[Path, bytes], tmp_path: Path) -> None:
     tree = {"state_dict": weights(1), "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
     torch.save(tree, tmp_path / "a.pth")
