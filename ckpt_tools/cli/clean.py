@@ -53,9 +53,9 @@ def _show(left: Left, tell: console.Tell) -> None:
     if left.begun:
         tell(f"  begun: part {console.some(left.begun)}")
     if left.command and left.result == "kept":
-        where = f" in {left.folder}" if left.folder else ""
+        where = f", in {left.folder}" if left.folder else ""
         more = "--part I/N, then --finish" if left.command[1:2] == ("diff",) else "--resume"
-        tell(f"  goes on with{where}: {shortened(shlex.join(left.command))} {more}")
+        tell(f"  to go on{where}: {shortened(shlex.join(left.command))} {more}")
 
 
 def _verdict(report: CleanReport, *, dry_run: bool) -> str:

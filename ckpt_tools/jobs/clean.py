@@ -6,16 +6,15 @@ folder that was about to be replaced, and the parts of a job that can go on. A l
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReadError, UsageError
+from ..errors import CkptError, ReadError, UsageError
 from ..series.paths import refuse_empty
 from ..storage.hidden import Hidden, allocated, held, hidden_in, remove
 from ..storage.kept_stage import Stage
@@ -23,8 +22,7 @@ from .option_groups import takes
 from .options import Clearing
 from .reports import Report
 
-_OURS = re.compile(r"job\.json(\.[0-9a-f]{8})?|output|part-\d+-of-\d+\.jsonl|ended")
-"""Names in a stage."""
+_WHAT = {"partial": "output", "old": "replaced", "parts": "parts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +114,21 @@ def clean(folder: str | Path, clearing: Clearing) -> CleanReport:
 
 def _cleared(found: Hidden, clearing: Clearing) -> Left:
     """Remove one thing, if that is right; say what became of it."""
-    if found.suffix == "parts":
-        return _cleared_stage(found, clearing)
-    left = _described(found, "output" if found.suffix == "partial" else "replaced")
-    with held(found.path) as free:
-        return _removed(left, found.path, free=free, why=found.doubt(), clearing=clearing)
+    left = _described(found)
+    try:
+        if found.suffix == "parts":
+            return _cleared_stage(found, left, clearing)
+        with held(found.path) as free:
+            return _removed(left, found.path, free=free, why=found.doubt(), clearing=clearing)
+    except (OSError, CkptError) as error:  # it belongs to another user, say; the others are looked at all the same
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        return replace(left, detail=f"it cannot be looked into ({reason})")
 
 
-def _cleared_stage(found: Hidden, clearing: Clearing) -> Left:
-    target = found.target or found.path.parent / found.start
-    stage = Stage(target, found.path)
-    left = replace(_described(found, "parts"), **_progress(stage))
-    why = ""
-    if found.path.is_symlink() or not found.path.is_dir():
-        why = "it is no folder"
-    elif strange := sorted(each.name for each in found.path.iterdir() if not _OURS.fullmatch(each.name)):
-        why = f"it has something that ckpt does not write there ({strange[0]})"
+def _cleared_stage(found: Hidden, left: Left, clearing: Clearing) -> Left:
+    stage = Stage(found.target or found.path.parent / found.start, found.path)
+    why = stage.doubt()
+    left = replace(left, **_progress(stage))
     with stage.abandoned() as free:
         # One without `job.json` is not trusted by any job, and cannot go on.
         if free and not why and not clearing.parts and stage.job() is not None:
@@ -155,7 +152,7 @@ def _removed(left: Left, path: Path, *, free: bool | None, why: str, clearing: C
     return replace(left, result="removed")
 
 
-def _described(found: Hidden, what: str) -> Left:
+def _described(found: Hidden) -> Left:
     times = []
     for each in [found.path, *(found.path.rglob("*") if found.path.is_dir() and not found.path.is_symlink() else ())]:
         with suppress(OSError):
@@ -164,7 +161,7 @@ def _described(found: Hidden, what: str) -> Left:
     return Left(
         path=str(found.path),
         target=found.shown,
-        what=what,
+        what=_WHAT[found.suffix],
         nbytes=allocated(found.path),
         modified=datetime.fromtimestamp(last, timezone.utc).isoformat(timespec="seconds"),
         age=max(0.0, time.time() - last),
@@ -177,8 +174,8 @@ def _progress(stage: Stage) -> dict[str, Any]:
     job = stage.job() or {}
     journals = stage.journals()
     lines = [line for journal in journals for line in journal.lines()]
-    total = _largest(line.get("total") for line in lines)
-    done = sum(number for line in lines if isinstance(number := line.get("nbytes"), int))
+    total = max(_numbers(lines, "total"), default=0)
+    done = sum(_numbers(lines, "nbytes"))
     command = job.get("command")
     return {
         "done": min(1.0, done / total) if total else None,
@@ -188,6 +185,6 @@ def _progress(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _largest(numbers: Iterable[object]) -> int:
-    found: Sequence[int] = [each for each in numbers if isinstance(each, int)]
-    return max(found, default=0)
+def _numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[int]:
+    """Return the numbers of bytes that lines have; one of another program may have anything there."""
+    return [n for line in lines if isinstance(n := line.get(key), int) and 0 <= n < 1 << 63]

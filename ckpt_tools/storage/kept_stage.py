@@ -30,7 +30,8 @@ from .staged import place_files
 
 KEPT: list[Path] = []
 """Targets of which this process has a stage that stays if it ends now."""
-_JOB, _OUTPUT, _PROCESSES = "job.json", "output", "processes"
+_JOB, _OUTPUT, _PROCESSES, _JOURNAL = "job.json", "output", "processes", r"part-(\d+)-of-(\d+)\.jsonl"
+_OWN = re.compile(rf"{re.escape(_JOB)}(\.[0-9a-f]{{8}})?|{_OUTPUT}|{_PROCESSES}|{_JOURNAL}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Stage:
         """Return what its job is; None if it is void, or not there."""
         try:
             found = json.loads((self.path / _JOB).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -145,7 +146,7 @@ class Stage:
         found = []
         with suppress(OSError):
             for path in self.path.iterdir():
-                if match := re.fullmatch(r"part-(\d+)-of-(\d+)\.jsonl", path.name):
+                if match := re.fullmatch(_JOURNAL, path.name):
                     found.append(Journal(self.target, path, *map(int, match.groups())))
         return sorted(found, key=lambda each: (each.count, each.index))
 
@@ -158,6 +159,17 @@ class Stage:
         """
         with ExitStack() as locks:
             yield [locks.enter_context(journal.opened()) for journal in self.journals()]
+
+    def doubt(self) -> str:
+        """Say why it may be no stage; empty if it is a folder with nothing in it but what jobs write there.
+
+        Raises:
+            OSError: it cannot be looked into.
+        """
+        if self.path.is_symlink() or not self.path.is_dir():
+            return "it is no folder"
+        strange = sorted(each.name for each in self.path.iterdir() if not _OWN.fullmatch(each.name))
+        return f"it has something that ckpt does not write there ({strange[0]})" if strange else ""
 
     @property
     def has_work(self) -> bool:
@@ -287,7 +299,7 @@ class Journal:
         except OSError as error:
             raise WriteError(f"{self.path}: cannot be read ({error.strerror}).") from error
         for line in data.splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 said = json.loads(line)
                 if isinstance(said, dict):
                     yield said
@@ -353,7 +365,7 @@ def stages(target: Path) -> list[Stage]:
 
 
 def clear(target: Path, *, but: Stage | None = None, void: bool = False) -> list[Stage]:
-    """Remove the stages beside a target in which no process is at work; return them.
+    """Remove the stages beside a target in which no process is at work, and nothing of others; return them.
 
     Args:
         but: this one stays.
@@ -363,7 +375,7 @@ def clear(target: Path, *, but: Stage | None = None, void: bool = False) -> list
     for stage in stages(target):
         if stage != but and not (void and stage.has_work):
             with suppress(OSError), stage.abandoned() as free:
-                if free:
+                if free and not stage.doubt():
                     remove(stage.path)
                     gone.append(stage)
     return gone

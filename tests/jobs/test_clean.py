@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,55 @@ def test_parts_of_a_job_stay_until_they_are_asked_for(series: list[str]) -> None
     assert [each.result for each in report.left] == ["removed"]
     assert report.freed >= 300 * 300 * 4
     assert not list(Path().glob(".*"))
+
+
+def test_parts_of_processes_that_a_launcher_started_go_when_they_are_asked_for(
+    series: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    assert run("avg", *series, "-o", "out.pth").code == 0
+    assert [each.result for each in clean(".").left] == ["kept"]
+    assert [each.result for each in clean(".", parts=True).left] == ["removed"]
+
+
+def test_what_cannot_be_looked_into_is_kept_and_the_rest_goes(
+    series: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of another user, a journal that is a folder, and one with what no JSON of ours has."""
+    Path(".a.000000000000.parts/part-1-of-2.jsonl").mkdir(parents=True)
+    Path(".b.000000000000.parts").mkdir()
+    Path(".c.000000000000.parts").mkdir()
+    lines = [json.dumps({"total": 1, "nbytes": int("9" * 400)}), "[" * 100_000, json.dumps({"total": 4, "nbytes": 1})]
+    Path(".c.000000000000.parts/part-1-of-2.jsonl").write_text("\n".join(lines))
+    Path(".c.000000000000.parts/job.json").write_text("[" * 100_000)
+    Path(".d.00000000.partial").touch()
+    listed = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name.startswith(".b"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    a, b, c, d = clean(".").left
+    journal = ".a.000000000000.parts/part-1-of-2.jsonl"
+    assert (a.result, a.detail) == ("kept", f"it cannot be looked into ({journal}: cannot be read (Is a directory))")
+    assert (b.result, b.detail) == ("kept", "it cannot be looked into (Permission denied)")
+    assert (c.result, c.done, d.result) == ("removed", 0.25, "removed")
+
+
+def test_a_job_leaves_what_only_has_the_name_of_parts(series: list[str]) -> None:
+    Path(".out.pth.000000000000.parts").touch()
+    Path(".out.pth.202401311200.parts").mkdir()
+    Path(".out.pth.202401311200.parts/notes.txt").touch()
+    average(series, out="out.pth", part="1/1")
+    average(series, out="out.pth")
+    assert sorted(each.name for each in Path().glob(".*")) == [
+        ".out.pth.000000000000.parts",
+        ".out.pth.202401311200.parts",
+    ]
 
 
 def test_parts_at_work_stay(series: list[str]) -> None:
@@ -224,7 +274,7 @@ def test_the_command_tells_how_a_job_in_parts_goes_on(series: list[str]) -> None
     lines = result.err.splitlines()
     assert "  removed: unfinished output of a.pth, 0 B, 0 seconds old" in lines
     command = f"{' '.join(['ckpt', 'avg', *series])} -o out.pth --mode ema --decay 0.5 --resume"
-    assert f"  goes on with in {Path.cwd()}: {command}" in lines
+    assert f"  to go on, in {Path.cwd()}: {command}" in lines
     assert lines[-2:] == [
         "What is done of jobs in parts is kept, because they can go on. Remove it with --parts.",
         "Removed 1 of 2, 0 B.",
