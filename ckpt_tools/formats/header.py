@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,27 +22,28 @@ PROVENANCE = "ckpt_tools"
 
 
 def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
-    """Return the provenance of an output; None if it is missing, not readable, or nested deeply."""
+    """Return the provenance of an output; None if it is missing, not readable, nested deeply, or no plain JSON."""
     try:
         provenance = parse_json(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
-    return provenance if isinstance(provenance, dict) and _is_shallow(provenance) else None
+    return provenance if isinstance(provenance, dict) and _is_plain(provenance) else None
 
 
 _DEEPEST_PROVENANCE = 50
 
 
-def _is_shallow(value: Any) -> bool:
-    """False for lists and dicts nested so deeply that functions that call themselves would fail."""
+def _is_plain(value: Any) -> bool:
+    """False for lists and dicts nested so deeply that functions that call themselves would fail, or with NaN.
+
+    Python alone reads NaN, and takes what is too large for infinity; other programs would not read outputs with those.
+    """
     level = [value]
     for _ in range(_DEEPEST_PROVENANCE):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
-        ]
+        children = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        if any(isinstance(child, float) and not math.isfinite(child) for child in children):
+            return False
+        level = [child for child in children if isinstance(child, (dict, list))]
         if not level:
             return True
     return False

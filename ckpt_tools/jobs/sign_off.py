@@ -140,7 +140,8 @@ class Statement:
         """
         try:
             with named("sign_off"):
-                write_file(self.path, (json.dumps(self.to_dict(), indent=2) + "\n").encode(), force=force)
+                text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+                write_file(self.path, f"{text}\n".encode(), force=force)
         except WriteError as error:
             raise WriteError(f"{target} is complete, but its sign-off is not written: {error}") from error
 

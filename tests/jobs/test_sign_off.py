@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from series_files import sharded
 from test_update import series
 
@@ -134,6 +135,19 @@ def test_a_statement_is_refused_before_the_work_where_it_cannot_be(tmp_path: Pat
     assert (tmp_path / "there.json").read_text() == "mine"
     average(paths, out=out, sign_off=tmp_path / "there.json", force=True)
     check_statement(json.loads((tmp_path / "there.json").read_text()))
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_an_input_says_of_itself_is_in_the_statement_only_as_strict_json(number: str, tmp_path: Path) -> None:
+    for name, said in (("odd", f'{{"x": [{{"y": {number}}}]}}'), ("plain", '{"x": [{"y": 1e99}]}')):
+        path, statement = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.json"
+        save_file({"w": torch.ones(2)}, path, metadata={"ckpt_tools": said})
+        convert(path, out=tmp_path / f"{name}.pth", sign_off=statement)
+        text = statement.read_text()
+        found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        check_statement(found)
+        made = found["predicate"]["buildDefinition"]["internalParameters"]["input"]["made"]
+        assert made == (None if name == "odd" else {"x": [{"y": 1e99}]})
 
 
 def test_a_statement_that_fails_at_last_says_that_the_output_is_there(
