@@ -21,6 +21,7 @@ from test_verify import detail, results
 
 from ckpt_tools import average, convert, fix_prefix, strip, verify
 from ckpt_tools.compute.recompute import SAMPLED
+from ckpt_tools.errors import UsageError
 from ckpt_tools.storage.source import STORES
 
 
@@ -258,6 +259,19 @@ def test_a_record_leads_to_no_store(above: str, tmp_path: Path, monkeypatch: pyt
     for path in (made, given):
         assert "is missing" in detail(verify(path), "inputs")
     assert not [path for path in store.paths if "private" in path.parts and "public" not in path.parts]
+
+
+def test_inputs_may_have_moved_to_a_folder_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = training(tmp_path)
+    average(paths, out=tmp_path / "averaged.pth")
+    files = {Path(f"toy:/runs/{path.name}"): path.read_bytes() for path in paths}
+    monkeypatch.setitem(STORES, "toy", MemoryStore(files))
+    for path in paths:
+        path.unlink()
+    report = verify(tmp_path / "averaged.pth", inputs=Path("toy:/runs"))
+    assert results(report)["inputs"] == results(report)["made again"] == "ok", report
+    with pytest.raises(UsageError, match=r"`inputs`: toy:/none is no folder"):
+        verify(tmp_path / "averaged.pth", inputs=Path("toy:/none"))
 
 
 def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:

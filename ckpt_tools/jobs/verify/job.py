@@ -14,7 +14,8 @@ from ...compute.threads import check_threads
 from ...errors import CkptError, UsageError
 from ...formats import read_header
 from ...formats.header import Header
-from ...series.paths import as_path, folder_of_index, one_checkpoint
+from ...series.paths import as_path, folder_of_index, one_checkpoint, shown
+from ...storage.source import store_of
 from ..option_groups import takes
 from ..options import Reading, Verification
 from ..reports import Report
@@ -75,8 +76,10 @@ def verify(path: str | Path, asked: Verification, running: Reading) -> VerifyRep
     check_threads(running.threads)
     share = _share(asked.sample)
     seed = random.SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
-    if asked.inputs is not None and not Path(asked.inputs).is_dir():
-        raise UsageError(f"`inputs`: {asked.inputs} is no folder.")
+    if asked.inputs is not None:
+        folder = as_path(asked.inputs)
+        if not store_of(folder).is_folder(folder):
+            raise UsageError(f"`inputs`: {shown(asked.inputs)} is no folder.")
     place = as_path(path)
     try:
         place = folder_of_index(one_checkpoint(path))
