@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from ..errors import ReadError
+from ..errors import CorruptError, ReadError
 from ..storage.source import InputFile, read_at
 from . import dcp_metadata
-from .dcp import DCP_FOLDER, METADATA, SUFFIX
+from .dcp import DCP, METADATA
+from .dcp_metadata import Location
 from .header import Header
 from .zip import (
+    ALIGNMENT,
     DESCRIPTOR,
     END,
     END64,
@@ -43,18 +44,23 @@ _VERSIONS = ((20, 45), (45, 20))
 """Versions in a local file header and in the directory that differ because of an offset beyond 4 GB."""
 _MAKERS = frozenset({20, 30, 45, 46, 63})
 _SYSTEMS = frozenset({0, 3, 10, 11, 19})
+_ZIP = b"PK\3\4"
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An archive in a file: the whole file, or a range of it. `where` names it in messages; it has `nbytes`."""
+    """An archive in a file: the whole file, or a range of it. `where` names it in messages; it has `nbytes`.
+
+    In its place there may be a safetensors file, which has no checksums.
+    """
 
     path: Path
     start: int
     length: int | None
     where: str
     nbytes: int
+    safetensors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +79,42 @@ class Records:
 
 
 def archives(header: Header) -> Iterator[Place]:
-    """Yield the zip archives that a checkpoint consists of."""
-    locations: dict[str, list[Any]] = {}
-    if header.format is DCP_FOLDER:
+    """Yield the zip archives that a checkpoint consists of, and what takes the place of one in a DCP folder.
+
+    Raises:
+        CorruptError: the entries of a file of a DCP folder do not fill it.
+    """
+    locations: dict[Path, list[Location]] = {}
+    if isinstance(header.format, DCP):
         with InputFile(header.path / METADATA) as index:
             metadata = dcp_metadata.load(index.as_file(), index.path)
-        locations = {name: [*each] for name, each in groupby(metadata.locations(), key=lambda at: at.file)}
+        found = groupby(metadata.locations(), key=lambda at: at.file)
+        locations = {header.path / name: [*each] for name, each in found}
     for stamp in header.files:
         with InputFile(stamp.path) as file:
-            start = file.read(0, 4)
-        if stamp.path.name.endswith(SUFFIX) and locations:
-            for at in locations.get(stamp.path.name, ()):
-                where = f"{stamp.path}, the entry at byte {at.offset}"
-                yield Place(stamp.path, at.offset, at.length, where, at.length)
-        elif start == b"PK\3\4":
-            yield Place(stamp.path, 0, None, str(stamp.path), stamp.nbytes)
+            if stamp.path in locations:
+                yield from _entries(file, locations[stamp.path])
+            elif file.read(0, 4) == _ZIP:
+                yield Place(stamp.path, 0, None, str(stamp.path), stamp.nbytes)
+
+
+def _entries(file: InputFile, locations: Iterable[Location]) -> Iterator[Place]:
+    """Yield what is in a file of a DCP folder: torch leaves nothing between entries, ckpt-tools zeros to align them."""
+    start, end = -1, 0
+    for at in locations:
+        begin = file.read(at.offset, 9)
+        safetensors = begin[:4] != _ZIP and begin[8:] == b"{"
+        if safetensors and at.offset == start:  # all tensors of a file are in one place, which goes to its end
+            continue
+        gap = at.offset - end
+        if not 0 <= gap < ALIGNMENT or any(file.read(end, gap)):
+            raise CorruptError(f"{file.path}: what is before its entry at byte {at.offset} belongs to no entry")
+        length = file.stamp.nbytes - at.offset if safetensors else at.length
+        where = f"{file.path}, the entry at byte {at.offset}"
+        yield Place(file.path, at.offset, length, where, length, safetensors)
+        start, end = at.offset, at.offset + length
+    if end != file.stamp.nbytes:
+        raise CorruptError(f"{file.path}: what is after byte {end} belongs to no entry")
 
 
 def check(place: Place, on_progress: Callable[[int], None] = lambda _: None) -> Records:
@@ -99,6 +126,9 @@ def check(place: Place, on_progress: Callable[[int], None] = lambda _: None) -> 
     Raises:
         ReadError: it cannot be read.
     """
+    if place.safetensors:
+        on_progress(place.nbytes)
+        return Records(0, 1)
     with InputFile(place.path) as file:
         archive = Archive(file, place.start, place.length, where=place.where)
         length = file.stamp.nbytes - place.start if place.length is None else place.length

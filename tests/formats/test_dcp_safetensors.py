@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem
 
-from ckpt_tools import open_checkpoint, strip
+from ckpt_tools import open_checkpoint, strip, verify
 from ckpt_tools.errors import CorruptError
 from ckpt_tools.formats import read_header
 
@@ -47,6 +48,12 @@ def test_entries_in_safetensors_are_read(serialized: Path, tmp_path: Path) -> No
     back = {"model": {name: torch.empty_like(tensor) for name, tensor in found.items()}}
     dcp.load(back, storage_reader=dcp.FileSystemReader(tmp_path / "out"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in back["model"].items())
+
+
+def test_entries_in_safetensors_have_no_checksum_and_are_not_blamed(serialized: Path) -> None:
+    (found,) = (check for check in verify(serialized).checks if check.name == "crc32")
+    assert found.result == "not checked"
+    assert re.fullmatch(r"1 of \d+ records have no CRC-32", found.detail)
 
 
 def test_a_chunk_that_the_safetensors_lack_is_an_error(serialized: Path) -> None:

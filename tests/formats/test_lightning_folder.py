@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ckpt_tools import open_checkpoint
+from ckpt_tools import open_checkpoint, verify
 from ckpt_tools.errors import CorruptError
 
 WEIGHTS = {"w": torch.arange(6.0), "b": torch.ones(2)}
@@ -27,6 +27,11 @@ def folder(path: Path, meta: dict[str, Any]) -> Path:
 def test_the_model_of_the_trainer_is_its_state_dict(tmp_path: Path) -> None:
     found = open_checkpoint(folder(tmp_path / "step=3.ckpt", TRAINER), state="state_dict")
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in WEIGHTS.items()}
+
+
+def test_a_folder_that_torch_wrote_passes(tmp_path: Path) -> None:
+    checks = verify(folder(tmp_path / "step=3.ckpt", TRAINER)).checks
+    assert {check.name: check.result for check in checks}["crc32"] == "ok"
 
 
 @pytest.mark.parametrize(

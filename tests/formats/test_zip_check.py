@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from crafting import records_of, zip_of
 
 from ckpt_tools import average, convert
@@ -55,6 +58,34 @@ def test_an_archive_that_is_one_of_several_in_a_file_is_checked_to_its_end(tmp_p
     assert fault_of(tmp_path / "dcp") is None
     payload.write_bytes(data[:-1] + b"\1")
     assert fault_of(tmp_path / "dcp") is not None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("options", [{}, {"thread_count": 2}, {"single_file_per_rank": False}])
+def test_bytes_between_the_entries_of_a_folder_and_after_them_are_found(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """torch writes nothing there; the index of torch tells where the second entry begins after some are put before."""
+    folder = tmp_path / "folder"
+    content = {"w": torch.arange(3.0), "n": torch.ones(2), "step": 7}
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(folder, **options))
+    assert fault_of(folder) is None
+    path = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.write_bytes(data + b"more")
+    assert fault_of(folder) == f"{path}: what is after byte {len(data)} belongs to no entry"
+    index = dcp.FileSystemReader(folder).read_metadata()
+    places = [each for each in index.storage_data.values() if each.relative_path == path.name]
+    for gap, refused in ((b"\0" * 63, False), (b"\0" * 62 + b"\1", True), (b"\0" * 64, True)):
+        path.write_bytes(gap + data)
+        for place in places:
+            place.offset += len(gap)
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        at = min(place.offset for place in places)
+        wanted = f"{path}: what is before its entry at byte {at} belongs to no entry" if refused else None
+        assert fault_of(folder) == wanted
+        for place in places:
+            place.offset -= len(gap)
 
 
 def test_archives_with_other_headers_are_not_blamed(tmp_path: Path) -> None:
