@@ -135,23 +135,20 @@ def assemble(
     check_shard_size(target, writing.max_bytes)
     if base.ranks:
         return _in_ranks(tensors, writing, target, base, state, renamed, edited or {})
-    if base.format.keeps_folder and target.folder:
-        dropped: list[str] = []
-        tree, kept = _container(tensors, base, state, renamed, dropped, in_own_format=True)
-        files = base.format.plan(tree, writing)
-        return Assembly(target.path, files, folder=True, dropped=tuple(dropped), kept=kept)
-    if not target.format.nests:
+    own = base.format.keeps_folder and target.folder
+    if not own and not target.format.nests:
         return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
+    format = base.format if own else target.format
     dropped = unkept_metadata(base)
-    tree, kept = _container(tensors, base, state, renamed, dropped)
+    tree, kept = _container(tensors, base, state, renamed, dropped, in_own_format=own)
     return Assembly(
         target.path,
-        target.format.plan(tree, writing),
+        format.plan(tree, writing),
         folder=target.folder,
         dropped=tuple(dropped),
         kept=kept,
         content=tree,
-        format=target.format,
+        format=format,
         writing=writing,
     )
 

@@ -5,6 +5,7 @@ They are laid out by torch's DCP, with the names and files that megatron-core 0.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from crafting import raw_bytes
 from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 
-from ckpt_tools import average, convert, open_checkpoint, strip
+from ckpt_tools import average, convert, open_checkpoint, strip, verify
 from ckpt_tools.errors import CorruptError, UnsupportedError, WriteError
 from ckpt_tools.formats import read_header
 from ckpt_tools.jobs.diff import diff
@@ -139,6 +141,47 @@ def test_the_average_is_read_again_and_replaced_only_if_asked(root: Path, tmp_pa
     shutil.copytree(inputs[0], out / "iter_0001000")
     with pytest.raises(WriteError, match=r"holds iter_000[12]000.*and a folder of shards would replace"):
         average(inputs[:2], out=out, force=True)
+
+
+@pytest.mark.parametrize("max_shard_size", [None, "1KB"])
+def test_an_average_is_verified_with_its_checksums_and_signed_off(
+    max_shard_size: str | None, root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "averaged"
+    more: dict[str, Any] = {"write_checksums": True, "sign_off": tmp_path / "s.json", "max_shard_size": max_shard_size}
+    average([root / "run"], out=out, **more)
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    subjects = json.loads((tmp_path / "s.json").read_text())["subject"]
+    assert {each["name"]: each["digest"]["sha256"] for each in subjects} == {
+        name: hashlib.sha256(data).hexdigest() for name, data in files.items()
+    }
+    report = verify(out, inputs=root / "run")
+    results = {check.name: check.result for check in report.checks}
+    assert results == {
+        **dict.fromkeys(("structure", "crc32", "finite", "checksums", "record", "inputs", "made again"), "ok"),
+        "loads": "not checked",
+    }
+
+
+def test_a_changed_value_of_an_average_is_found(root: Path, tmp_path: Path) -> None:
+    average([root / "run"], out=tmp_path / "averaged", write_checksums=True)
+    name = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    values = raw_bytes(mean()[name])
+    (path,) = (each for each in (tmp_path / "averaged/iter_0003000").glob("*.distcp") if values in each.read_bytes())
+    path.write_bytes(path.read_bytes().replace(values, bytes([values[0] ^ 1]) + values[1:]))
+    checks = verify(tmp_path / "averaged", inputs=root / "run").checks
+    failed = {check.name: check.detail for check in checks if check.result == "failed"}
+    assert failed.keys() == {"crc32", "checksums", "made again"}
+    assert f"'model.{name}' differs in 1 of 6 values" in failed["made again"]
+
+
+def test_what_torch_wrote_in_two_processes_passes_until_bytes_are_added(root: Path, step: Path) -> None:
+    assert {check.name: check.result for check in verify(step).checks}["crc32"] == "ok"
+    path = next(step.glob("*.distcp"))
+    path.write_bytes(path.read_bytes() + b"\0")
+    (fault,) = (check for check in verify(step).checks if check.result == "failed")
+    assert fault.detail.endswith("belongs to no entry")
+    assert path.name in fault.detail
 
 
 def test_convert_strip_and_diff_take_the_weights_of_one_iteration(root: Path, tmp_path: Path) -> None:
