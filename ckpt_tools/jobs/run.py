@@ -225,7 +225,7 @@ def write(
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
     """
-    statement = None if sign_off is None else sign_off.begun(on_progress)
+    statement = None if sign_off is None else sign_off.begun(assembly, on_progress)
     total = assembly.bytes_moved + (0 if store_of(assembly.target) is LOCAL else assembly.nbytes)
     tell = counted(on_progress, Activity(doing), total)
     with ExitStack() as stages:
@@ -355,7 +355,7 @@ def _write_share(
     Raises:
         CkptError: see `engine.run`.
     """
-    statement = None if sign_off is None else sign_off.begun(on_progress)
+    statement = None if sign_off is None else sign_off.begun(assembly, on_progress)
     outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
     show, work = on_progress, Activity(doing)
     # What is to be done of it is known when the job is cut.

@@ -58,22 +58,23 @@ class SignOff:
     path: Path
     inputs: Sequence[Stamp]
 
-    def begun(self, on_progress: Progress | None) -> Statement:
+    def begun(self, assembly: Assembly, on_progress: Progress | None) -> Statement:
         """Hash the inputs, before they are read for the output: that checks again that they have not changed.
 
         Args:
+            assembly: the output, whose companions are inputs, too.
             on_progress: called with (what is done, bytes hashed, bytes in all).
 
         Raises:
             ReadError: one cannot be read, or has changed since its stamp was taken.
         """
-        known = {stamp.path: stamp for stamp in self.inputs}
+        known = {stamp.path: stamp for stamp in (*self.inputs, *map(stamp_at, assembly.companions))}
         started = datetime.now(timezone.utc)
         hashes = file_hashes(known, on_progress)
         for path, stamp in known.items():
             if stamp_at(path) != stamp:
-                raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.")
-        return Statement(self.path, dict(zip(short_names([*known]), hashes.values(), strict=True)), started)
+                raise _changed(path)
+        return Statement(self.path, hashes, started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,14 @@ class Statement:
 
     Attributes:
         path: where it goes.
-        inputs, outputs: SHA-256 of all files by name.
+        inputs: SHA-256 of all files by path.
+        outputs: SHA-256 of all files by name.
         started: when the work began.
         record: the provenance in the output.
     """
 
     path: Path
-    inputs: Mapping[str, str]
+    inputs: Mapping[Path, str]
     started: datetime
     outputs: Mapping[str, str] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -101,18 +103,24 @@ class Statement:
 
         Raises:
             WriteError: one cannot be read.
+            CorruptError: a companion has changed before it was copied.
         """
         record = {} if assembly.writing is None else assembly.writing.provenance or {}
         names = [
             f"{assembly.target.name}/{out.plan.name}" if assembly.folder else assembly.target.name for out in outputs
         ]
-        return replace(self, outputs=dict(zip(names, _digests(outputs, on_progress), strict=True)), record=record)
+        found = dict(zip(names, _digests(outputs, on_progress), strict=True))
+        for path in assembly.companions:
+            if found[f"{assembly.target.name}/{path.name}"] != self.inputs[path]:
+                raise _changed(path)
+        return replace(self, outputs=found, record=record)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as the specifications have it; what else is recorded are internal parameters."""
         apart = ("tool", "version", "command", "arguments", CHECKSUMS)
         command = self.record["command"]
-        invocation = {"command": command, "arguments": self.record["arguments"], "inputs": [*self.inputs]}
+        inputs = dict(zip(short_names([*self.inputs]), self.inputs.values(), strict=True))
+        invocation = {"command": command, "arguments": self.record["arguments"], "inputs": [*inputs]}
         finished = datetime.now(timezone.utc)
         return {
             "_type": STATEMENT,
@@ -123,7 +131,7 @@ class Statement:
                     "buildType": f"{BUILDER}#{command}/v1",
                     "externalParameters": invocation,
                     "internalParameters": {key: each for key, each in self.record.items() if key not in apart},
-                    "resolvedDependencies": _resources(self.inputs),
+                    "resolvedDependencies": _resources(inputs),
                 },
                 "runDetails": {
                     "builder": {"id": BUILDER, "version": {"ckpt-tools": __version__}},
@@ -144,6 +152,10 @@ class Statement:
                 write_file(self.path, f"{text}\n".encode(), force=force)
         except WriteError as error:
             raise WriteError(f"{target} is complete, but its sign-off is not written: {error}") from error
+
+
+def _changed(path: Path) -> CorruptError:
+    return CorruptError(f"{path}: changed while it was read. Try again when it is whole.")
 
 
 def _digests(outputs: Sequence[OutFile], on_progress: Progress | None) -> list[str]:

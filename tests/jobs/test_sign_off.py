@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from series_files import sharded
 from test_update import series
 
-from ckpt_tools import average, convert, strip
-from ckpt_tools.errors import UsageError, WriteError
+from ckpt_tools import average, convert, strip, verify
+from ckpt_tools.errors import CorruptError, UsageError, WriteError
+from ckpt_tools.jobs.sign_off import SignOff
 
 
 def sha256(path: Path) -> str:
@@ -79,17 +80,48 @@ def test_a_statement_has_the_digests_of_output_and_inputs(tmp_path: Path) -> Non
 
 def test_every_file_of_a_folder_is_a_subject(tmp_path: Path) -> None:
     folders = [sharded(tmp_path / f"step_{i}", float(i)) for i in (1, 2)]
-    (folders[-1] / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folders[-1] / name).write_text(json.dumps({"name": name}))
     average(folders, out=tmp_path / "out", sign_off=tmp_path / "s.json")
     said = json.loads((tmp_path / "s.json").read_text())
     check_statement(said)
     files = [path for path in (tmp_path / "out").iterdir()]
-    assert len(files) == 4
+    assert len(files) == 5
     assert digests(said["subject"]) == {f"out/{path.name}": sha256(path) for path in files}
-    inputs = [path for folder in folders for path in folder.iterdir() if path.name != "config.json"]
-    assert sorted(digests(said["predicate"]["buildDefinition"]["resolvedDependencies"]).values()) == sorted(
-        map(sha256, inputs)
-    )
+    inputs = {f"{folder.name}/{path.name}": sha256(path) for folder in folders for path in folder.iterdir()}
+    assert digests(said["predicate"]["buildDefinition"]["resolvedDependencies"]) == inputs
+
+
+def test_a_companion_that_changes_before_it_is_copied_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, begun = sharded(tmp_path / "step_1", 1.0), SignOff.begun
+    (folder / "config.json").write_text("{}")
+
+    def then_changed(*args: Any) -> Any:
+        statement = begun(*args)
+        (folder / "config.json").write_text('{"other": true}')
+        return statement
+
+    monkeypatch.setattr(SignOff, "begun", then_changed)
+    with pytest.raises(CorruptError, match=r"config\.json: changed while it was read"):
+        average([folder], out=tmp_path / "out", sign_off=tmp_path / "s.json")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_the_digests_of_a_folder_are_a_list_for_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [sharded(tmp_path / f"step_{i}", float(i)) for i in (1, 2)]
+    (folders[-1] / "tokenizer.json").write_text("{}")
+    (folders[-1] / "config.json").write_text("{}")
+    average(folders, out="averaged", sign_off="averaged.json")
+    subjects = json.loads(Path("averaged.json").read_text())["subject"]
+    lines = [f"{each['digest']['sha256']}  {each['name']}\n" for each in subjects]  # as jq writes them
+    Path("averaged.sha256").write_text("".join(lines))
+    assert verify("averaged", expect_sha256="averaged.sha256").passed
+    Path("averaged/tokenizer.json").write_text("{ }")
+    assert not verify("averaged", expect_sha256="averaged.sha256").passed
 
 
 def test_copies_of_one_file_have_statements_too(tmp_path: Path) -> None:
