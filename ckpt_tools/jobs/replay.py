@@ -229,7 +229,7 @@ def _compared(
     """
     from .diff import diff
 
-    new = read_header(out)
+    new = read_header(one_checkpoint(out))
     if before is not None:
         if digests(new, on_progress) == before:
             return f"It is the same as the old {out} in every byte.", True

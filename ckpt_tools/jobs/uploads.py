@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CkptError, ReadError, WriteError, WriteWarning
 from ..formats import read_header
+from ..series.paths import one_checkpoint
 from ..storage.hidden import hidden_folder
 from ..storage.remote import Address, sending
 from ..storage.staged import PLACED
@@ -85,7 +86,7 @@ def _check(made: Path, target: Address) -> None:
     from .verify.file import structure, zip_checksums
 
     try:
-        header = read_header(made)
+        header = read_header(one_checkpoint(made))  # Megatron-LM's is a folder in the folder
         faults = [each.detail for each in (structure(header), zip_checksums(header)) if each.result == "failed"]
     except CkptError as error:
         faults = [str(error)]

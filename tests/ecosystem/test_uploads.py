@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from cli_runner import run
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import average, fix_prefix, sweep
+from ckpt_tools import average, fix_prefix, sweep, verify
 from ckpt_tools.errors import UsageError, WriteError
 
 boto3 = pytest.importorskip("boto3")
@@ -92,6 +93,20 @@ def test_a_file_in_a_store_has_the_bytes_of_one_here(s3: Any, monkeypatch: pytes
     assert content(s3, "run/avg.pth") == Path("avg.pth").read_bytes()
     assert s3.head_object(Bucket=BUCKET, Key="run/avg.pth")["ETag"].endswith('-2"')  # it came in two parts
     assert seen[-1][0] == seen[-1][1] == 3 * 6_000_000 + Path("avg.pth").stat().st_size
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_folder_of_a_megatron_training_has_its_files_in_a_store(s3: Any) -> None:
+    for step in (1, 2):
+        folder = Path(f"run/iter_{step:07d}")
+        dcp.save({"decoder.w": torch.full((3,), float(step)), "decoder.v": torch.ones(2)}, checkpoint_id=folder)
+        torch.save({"iteration": step}, folder / "common.pt")
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    average(["run"], out="averaged")
+    average(["run"], out=f"s3://{BUCKET}/averaged")
+    here = {path.as_posix(): path.read_bytes() for path in Path("averaged").rglob("*") if path.is_file()}
+    assert {key: content(s3, key) for key in keys(s3)} == here
+    assert verify(f"s3://{BUCKET}/averaged", inputs="run").passed
 
 
 def test_what_is_there_is_replaced_only_if_that_is_asked_for(s3: Any) -> None:

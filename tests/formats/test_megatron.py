@@ -163,6 +163,12 @@ def test_an_average_is_verified_with_its_checksums_and_signed_off(
     }
 
 
+def test_an_average_is_made_again_and_is_the_same(root: Path, tmp_path: Path) -> None:
+    average([root / "run"], out=tmp_path / "averaged")
+    report = average([root / "run"], replay=tmp_path / "averaged", out=tmp_path / "again")
+    assert report.compared == f"It is the same as {tmp_path / 'averaged/iter_0003000'} in every byte."
+
+
 def test_a_changed_value_of_an_average_is_found(root: Path, tmp_path: Path) -> None:
     average([root / "run"], out=tmp_path / "averaged", write_checksums=True)
     name = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
