@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,10 +112,12 @@ class SourceRecord:
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest distinct names; outputs do not record the folders above them."""
+    # A record has no name that begins at the root, or leads out of a folder.
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]  # noqa: PTH100 - follows no link
     depth = 1
     while True:
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names) or depth > max(len(path.parts) for path in paths):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names) or depth > max(map(len, parts)):
             return names
         depth += 1
 

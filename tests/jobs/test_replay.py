@@ -17,6 +17,7 @@ from test_update import facts, series
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import LayoutError, SeriesError, UsageError, WriteError
 from ckpt_tools.formats import header as headers
+from ckpt_tools.jobs.provenance import short_names
 
 RULES = [
     {},
@@ -29,6 +30,18 @@ RULES = [
     {"mode": "posthoc", "target": "half-life=80", "allow_misfit": True},
     {"keys": "union", "buffers": "last", "dtype": "bfloat16"},
 ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/a/x.pth", "/a/y.pth"], ["x.pth", "y.pth"]),
+        (["/a/x.pth", "/b/a/x.pth"], ["a/x.pth", "b/a/x.pth"]),
+        (["/run/here/../x.pth", "/run/here/x.pth"], ["run/x.pth", "here/x.pth"]),
+    ],
+)
+def test_names_in_a_record_are_short_distinct_and_below_the_root(paths: list[str], names: list[str]) -> None:
+    assert short_names([Path(path) for path in paths]) == names
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
