@@ -91,12 +91,13 @@ def test_inspect_names_what_an_average_left_out() -> None:
 
 
 def test_inspect_shows_forged_provenance_as_far_as_possible() -> None:
-    inputs = [{"name": "a", "coefficient": c} for c in (0.5, math.nan, math.inf, 10**400, "x")]
-    save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})
-    result = run("inspect", "c.safetensors")
-    assert result.code == 0
-    assert [line.split()[-1] for line in result.out.splitlines()[3:]] == ["None", "a"]
-    assert run("inspect", "c.safetensors", "--json").code == 0
+    for odd, shown in (([], ["None", "a"]), ([math.nan, math.inf], [])):  # only Python has JSON with these
+        inputs = [{"name": "a", "coefficient": c} for c in (0.5, *odd, 10**400, "x")]
+        save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})
+        result = run("inspect", "c.safetensors")
+        assert result.code == 0
+        assert [line.split()[-1] for line in result.out.splitlines()[3:]] == shown
+        assert run("inspect", "c.safetensors", "--json").code == 0
 
 
 def test_inspect_lists_foreign_names_and_runs_nothing() -> None:

@@ -133,7 +133,7 @@ def test_the_command_tells_the_result_at_the_end(pair: tuple[str, str]) -> None:
     told = run("clean", ".").err
     assert "job in parts of ckpt-diff" in told
     assert "50% done" in told
-    assert f"goes on with in {Path.cwd()}: ckpt diff a.pth b.pth --part I/N, then --finish" in told
+    assert f"to go on, in {Path.cwd()}: ckpt diff a.pth b.pth --part I/N, then --finish" in told
     assert json.loads(run("diff", *pair, "--part", "2/2", "--json").out)["verdict"] == "incomplete"
     result = run("diff", *pair, "--finish", "--json")
     assert (result.code, result.out, result.err) == (1, alone.out, alone.err)
