@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import getitem
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -454,9 +453,14 @@ def _unaveraged(tree: Any, homes: Sequence[tuple[Any, ...]], copied: Collection[
     counts: Counter[str] = Counter()
     for path, spec in tensors_in(tree) if copied else ():
         if spec in copied:
-            shared = max(len(commonprefix([path, home])) for home in homes)
+            shared = max(_shared(path, home) for home in homes)
             counts[dotted(path[: shared + 1])] += 1
     return counts
+
+
+def _shared(path: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many keys two key paths share, from the first on. Keys may be of any types, and have no order."""
+    return next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
 
 
 def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) -> Any:

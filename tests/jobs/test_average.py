@@ -201,6 +201,15 @@ def test_average_leaves_training_state_out_wherever_it_is(
     assert without_weights(load(tmp_path / "out.pth")) == kept
 
 
+@pytest.mark.parametrize("key", [0, 1.5, None, True, ("x", 1)])
+def test_average_copies_tensors_beside_the_weights_under_keys_that_are_no_text(
+    key: object, save: Save, tmp_path: Path
+) -> None:
+    beside = torch.arange(3.0)
+    ckpt_tools.average([save("a.pth", {"model": {"w": torch.ones(2)}, key: {"v": beside}})], out=tmp_path / "out.pth")
+    assert torch.equal(load(tmp_path / "out.pth")[key]["v"], beside)
+
+
 def test_average_of_a_checkpoint_that_contains_itself_leaves_its_optimizer_out(save: Save, tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     inner: dict[str, Any] = {"my_opt": torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), "lr": 1}
